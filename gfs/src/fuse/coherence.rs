@@ -1,0 +1,361 @@
+//! Keeps what the kernel caches (attributes, names, pages) true while glocks are taken and given up.
+//!
+//! The rule: whatever the kernel caches, this node holds the glock for; before it gives the glock up, the kernel no longer has it.
+//!
+//! * A reply that can be cached is written while the glock is held, and the demotion begins with the gate shut and no users.
+//! * Attributes: one notification that takes no lock. ENOENT shortly after a reply that may create the inode means that the reply is on
+//!   its way: repeat. (Not for as long as FORGETs are owed: those may be for an earlier inode at the same address, which the kernel keeps
+//!   outside its table. Beside such a one, replies give attributes no lifetime.)
+//! * Names: the epoch of the mount steps. The notifications for single names take locks that requests hold, and deadlock.
+//! * Pages: removed range by range around READs that wait (their pages are locked, and hold nothing). A pass that takes long is waiting for
+//!   a READ or buffered WRITE that arrived later: those are let in under the mode still held, and what they touched is passed over again.
+//! * A store into a shared mapping asks nobody: while handles for reading and writing are open here, READs take EX, and giving EX up for SH
+//!   removes pages as well.
+//!
+//! What is waited for during a demotion: running users, page READs and write-back, all of which end without any other lock.
+//! Lock order: the shard of [`Nodes`] and a node's traffic are leaves.
+
+use super::node::{Node, Nodes};
+use super::notify::{Known, Notify};
+use super::range::{Pages, RangeSet};
+use super::traffic::{Errand, STUCK};
+use crate::glock::{Glock, GlockName, GlockType, KernelCache, LockState};
+use crate::workers::Workers;
+use crate::{BlockNo, Result};
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+/// Lifetime of what is covered by a glock.
+pub(super) const LONG: Duration = Duration::from_secs(3600);
+/// A glock given up so short a time ago will be again: what is handed out then is asked for again anyway, and without lifetime an inode needs no
+/// notifications.
+const CONTENDED: Duration = Duration::from_secs(1);
+/// A buffered WRITE whose own page keeps the drop of its pages waiting goes on after this: such a page is not up to date, nothing is lost.
+/// Such a page is not among those that were read either, so this happens only where ranges were joined; a drop that is merely slow must not be taken
+/// for it. The drop is then left behind, and removes pages some time later, when the next WRITE may have filled them: that one is ordered as well.
+const OWN_PAGE: Duration = Duration::from_millis(200);
+/// How long the reply that creates an inode may take from our write to the kernel's table (it takes microseconds).
+const REPLY_LIMIT: Duration = Duration::from_secs(1);
+
+/// Counters, for `cairn top` and tests.
+#[derive(Default, Debug)]
+pub struct CoherenceStats {
+    pub demotions: AtomicU64,
+    pub passes: AtomicU64,
+    /// Rounds of passes beyond the first.
+    pub repeats: AtomicU64,
+    /// Attribute notifications repeated because the inode was not there yet.
+    pub owed: AtomicU64,
+    pub epochs: AtomicU64,
+    /// WRITEs that dropped their pages before they were applied.
+    pub ordered_writes: AtomicU64,
+    /// Of these: went on because their own page was in the way.
+    pub own_page: AtomicU64,
+    /// Write-back of a mapped page that found the node without EX: must stay 0.
+    pub late_write_back: AtomicU64,
+}
+
+struct Epoch {
+    /// Steps begun; what is handed out from now on belongs to this one at least.
+    begun: AtomicU64,
+    /// Steps that the kernel has made.
+    done: AtomicU64,
+    step: Mutex<()>,
+}
+
+/// The kernel's caches of one mount.
+pub struct Coherence {
+    pub(super) nodes: Nodes,
+    notify: OnceLock<Notify>,
+    clustered: bool,
+    root: BlockNo,
+    has_epoch: OnceLock<bool>,
+    epoch: Epoch,
+    unmounted: AtomicBool,
+    born: Instant,
+    /// See [`CONTENDED`].
+    contended: AtomicU64,
+    helpers: Workers,
+    pub stats: CoherenceStats,
+    #[cfg(test)]
+    pub(super) sabotage: super::tests::Sabotage,
+}
+
+/// Parts of the protocol that tests switch off to see that their checks notice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Part {
+    Pages,
+    Names,
+    WriterTakesExclusive,
+    WriteOrder,
+}
+
+impl Coherence {
+    pub(super) fn new(clustered: bool, root: BlockNo) -> Self {
+        Self {
+            nodes: Nodes::new(),
+            notify: OnceLock::new(),
+            clustered,
+            root,
+            has_epoch: OnceLock::new(),
+            epoch: Epoch { begun: AtomicU64::new(1), done: AtomicU64::new(1), step: Mutex::new(()) },
+            unmounted: AtomicBool::new(false),
+            born: Instant::now(),
+            contended: AtomicU64::new(CONTENDED.as_micros() as u64),
+            helpers: Workers::new("gfs-pages", 1024),
+            stats: CoherenceStats::default(),
+            #[cfg(test)]
+            sabotage: super::tests::Sabotage::default(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn does(&self, part: Part) -> bool {
+        !self.sabotage.skips(part)
+    }
+
+    #[cfg(not(test))]
+    #[expect(clippy::unused_self, reason = "tests switch parts off")]
+    pub(super) const fn does(&self, _part: Part) -> bool {
+        true
+    }
+
+    /// The mount exists: notifications can be sent. Before that the kernel has nothing.
+    pub(super) fn connect(&self, notify: Notify) {
+        let has_epoch = self.clustered && notify.epoch();
+        if self.clustered && !has_epoch {
+            tracing::info!("the kernel has no dentry epoch (before Linux 6.16): names are not cached");
+        }
+        let _ = self.has_epoch.set(has_epoch);
+        let _ = self.notify.set(notify);
+    }
+
+    /// The mount has gone, and with it what the kernel had and owed.
+    pub(super) fn disconnect(&self) {
+        self.unmounted.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_clustered(&self) -> bool {
+        self.clustered
+    }
+
+    /// The kernel's number of an inode: the root of a mount is always 1.
+    pub(super) fn node_id(&self, ino: BlockNo) -> u64 {
+        if ino == self.root { 1 } else { ino.0 }
+    }
+
+    pub(super) fn ino_of(&self, node_id: u64) -> BlockNo {
+        if node_id == 1 { self.root } else { BlockNo(node_id) }
+    }
+
+    /// For how long after a demotion an inode counts as contended, and the kernel is told nothing to keep of it.
+    pub fn set_contended(&self, time: Duration) {
+        self.contended.store(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    fn now(&self) -> u64 {
+        self.born.elapsed().as_micros() as u64 + 1
+    }
+
+    fn is_contended(&self, node: &Node) -> bool {
+        let at = node.demoted_at.load(Ordering::Relaxed);
+        at != 0 && self.now() - at < self.contended.load(Ordering::Relaxed)
+    }
+
+    /// Lifetime of attributes in the reply to a GETATTR, under the inode's glock.
+    pub(super) fn attr_ttl(&self, node: &Node) -> Duration {
+        if self.clustered && self.is_contended(node) { Duration::ZERO } else { LONG }
+    }
+
+    /// The same in the reply to a LOOKUP, which may create the kernel's inode.
+    pub(super) fn entry_attr_ttl(&self, node: &Node) -> Duration {
+        if !self.clustered {
+            return LONG;
+        }
+        if self.is_contended(node) || node.is_mixed() {
+            return Duration::ZERO;
+        }
+        node.entry_at.store(self.now(), Ordering::Release);
+        LONG
+    }
+
+    /// The same in replies that the kernel installs without a sufficient check whether they are still true.
+    pub(super) fn unchecked_attr_ttl(&self) -> Duration {
+        if self.clustered { Duration::ZERO } else { LONG }
+    }
+
+    /// Lifetime of a name of directory `dir`, under the directory's glock.
+    pub(super) fn name_ttl(&self, dir: &Node) -> Duration {
+        if !self.clustered {
+            return LONG;
+        }
+        if self.has_epoch.get() != Some(&true) || self.is_contended(dir) {
+            return Duration::ZERO;
+        }
+        self.names_handed_out(dir);
+        LONG
+    }
+
+    /// Names of the directory have, or may have, a lifetime from here on.
+    pub(super) fn names_handed_out(&self, dir: &Node) {
+        dir.names_epoch.fetch_max(self.epoch.begun.load(Ordering::SeqCst), Ordering::SeqCst);
+    }
+
+    fn drop_attributes(&self, notify: &Notify, node: &Node, id: u64) {
+        let limit = REPLY_LIMIT.as_micros() as u64;
+        let owed = || {
+            let at = node.entry_at.load(Ordering::Acquire);
+            at != 0 && node.lookups() > 0 && self.now() - at < limit && !self.unmounted.load(Ordering::SeqCst)
+        };
+        let mut pause = Duration::from_micros(20);
+        while notify.attributes(id) == Known::No && owed() {
+            self.stats.owed.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
+        }
+    }
+
+    /// All names of the mount are asked for again, unless those of this directory are already.
+    fn drop_names(&self, notify: &Notify, dir: &Node) {
+        if dir.names_epoch.load(Ordering::SeqCst) < self.epoch.done.load(Ordering::SeqCst)
+            || !self.does(Part::Names)
+        {
+            return;
+        }
+        let _step = self.epoch.step.lock();
+        let epoch = self.epoch.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        notify.epoch();
+        self.epoch.done.store(epoch, Ordering::SeqCst);
+        self.stats.epochs.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn drop_pages(&self, notify: &Notify, glock: &Arc<Glock>, node: &Node, id: u64) {
+        self.stats.passes.fetch_add(1, Ordering::Relaxed);
+        node.traffic.pass_begins();
+        let mut todo = RangeSet::all();
+        loop {
+            let ranges = node.traffic.without_waiting(todo);
+            glock.begin_pass(STUCK);
+            for range in ranges.iter() {
+                let (offset, len) = range.bytes();
+                if notify.pages(id, offset, len) != Known::Yes {
+                    break;
+                }
+            }
+            glock.end_pass();
+            match node.traffic.pass_again() {
+                Some(again) => todo = again,
+                None => break,
+            }
+            self.stats.repeats.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The order of a WRITE against READs of the same pages, around `apply`. The caller has the inode's glock pinned in EX.
+    /// `direct`: the WRITE does not come from the kernel's pages. `misplaced`: with these pages the kernel did not put the data where they went.
+    pub(super) fn ordered_write<T>(
+        self: &Arc<Self>,
+        glock: &Arc<Glock>,
+        node: &Arc<Node>,
+        ino: BlockNo,
+        pages: Pages,
+        direct: bool,
+        apply: impl FnOnce() -> Result<(T, bool)>,
+    ) -> Result<T> {
+        struct Opened<'a>(&'a Arc<Glock>, &'a Node, super::traffic::GateTicket);
+        impl Drop for Opened<'_> {
+            fn drop(&mut self) {
+                self.1.traffic.open_gate(self.2);
+                self.0.shut_window();
+            }
+        }
+        let gate = node.traffic.shut_gate(pages);
+        glock.open_window();
+        let _opened = Opened(glock, node, gate);
+        while node.traffic.settle(gate)? {
+            self.stats.ordered_writes.fetch_add(1, Ordering::Relaxed);
+            if !self.drop_own_pages(node, ino, pages, gate, direct) {
+                break;
+            }
+        }
+        let (value, misplaced) = apply()?;
+        if misplaced {
+            self.drop_own_pages(node, ino, pages, gate, direct);
+        }
+        Ok(value)
+    }
+
+    /// False when the pass was left behind.
+    fn drop_own_pages(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        ino: BlockNo,
+        pages: Pages,
+        gate: super::traffic::GateTicket,
+        direct: bool,
+    ) -> bool {
+        let id = self.node_id(ino);
+        let (offset, len) = pages.bytes();
+        node.traffic.drop_begins(gate);
+        if direct {
+            if let Some(notify) = self.notify.get() {
+                notify.pages(id, offset, len);
+            }
+            return true;
+        }
+        let errand = Arc::new(Errand::default());
+        let (me, done, of) = (Arc::clone(self), Arc::clone(&errand), Arc::clone(node));
+        self.helpers.run(move || {
+            if let Some(notify) = me.notify.get() {
+                notify.pages(id, offset, len);
+            }
+            done.done(|| of.traffic.left_drop_ended());
+        });
+        loop {
+            if errand.wait(OWN_PAGE) {
+                return true;
+            }
+            if node.traffic.no_reads(gate) {
+                self.stats.own_page.fetch_add(1, Ordering::Relaxed);
+                return errand.leave(|| node.traffic.drop_left_behind());
+            }
+        }
+    }
+
+    /// Attributes changed without the kernel's knowledge, under the glock; at once and from any thread.
+    pub(super) fn attributes_changed(&self, ino: BlockNo) {
+        if let Some(notify) = self.notify.get() {
+            notify.attributes(self.node_id(ino));
+        }
+    }
+}
+
+impl KernelCache for Coherence {
+    fn drop_caches(&self, glock: &Arc<Glock>, from: LockState, to: LockState) {
+        let GlockName { ty: GlockType::Inode, number } = glock.name() else { return };
+        let ino = BlockNo(number);
+        let (Some(node), Some(notify)) = (self.nodes.find(ino), self.notify.get()) else { return };
+        if self.unmounted.load(Ordering::SeqCst) {
+            return;
+        }
+        self.stats.demotions.fetch_add(1, Ordering::Relaxed);
+        let id = self.node_id(ino);
+        let writers = node.writers.load(Ordering::SeqCst) > 0;
+        let pages = (to != LockState::Shared || writers)
+            && (node.traffic.may_have_pages() || (writers && from == LockState::Exclusive));
+        if to != LockState::Shared {
+            node.demoted_at.store(self.now(), Ordering::Relaxed);
+        }
+        if to == LockState::Unlocked || pages {
+            self.drop_attributes(notify, &node, id);
+        }
+        if to != LockState::Shared {
+            self.drop_names(notify, &node);
+        }
+        if pages && self.does(Part::Pages) {
+            self.drop_pages(notify, glock, &node, id);
+        }
+    }
+}

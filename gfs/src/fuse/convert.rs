@@ -1,0 +1,123 @@
+//! Between fuser's types and those of `ops`.
+
+use super::coherence::Coherence;
+use crate::ondisk::dinode::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK};
+use crate::ops::{Attr, NewNode, SetTime, Time};
+use fuser::{FileAttr, FileType, Generation, INodeNo, TimeOrNow};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+const NANOS: u32 = 1_000_000_000;
+
+pub(super) fn file_type(mode: u32) -> FileType {
+    match mode & S_IFMT {
+        S_IFDIR => FileType::Directory,
+        S_IFLNK => FileType::Symlink,
+        S_IFIFO => FileType::NamedPipe,
+        S_IFSOCK => FileType::Socket,
+        S_IFCHR => FileType::CharDevice,
+        S_IFBLK => FileType::BlockDevice,
+        _ => FileType::RegularFile,
+    }
+}
+
+fn system_time(time: Time) -> SystemTime {
+    let whole = if time.sec >= 0 {
+        UNIX_EPOCH.checked_add(Duration::from_secs(time.sec.unsigned_abs()))
+    } else {
+        UNIX_EPOCH.checked_sub(Duration::from_secs(time.sec.unsigned_abs()))
+    };
+    // What the disk says may be beyond any calendar.
+    whole
+        .and_then(|t| t.checked_add(Duration::from_nanos(time.nsec.min(NANOS - 1).into())))
+        .unwrap_or(UNIX_EPOCH)
+}
+
+pub(super) fn disk_time(time: SystemTime) -> Time {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => Time { sec: after.as_secs().cast_signed(), nsec: after.subsec_nanos() },
+        Err(before) => {
+            let before = before.duration();
+            let sec = -before.as_secs().cast_signed();
+            match before.subsec_nanos() {
+                0 => Time { sec, nsec: 0 },
+                nanos => Time { sec: sec - 1, nsec: NANOS - nanos },
+            }
+        }
+    }
+}
+
+pub(super) fn set_time(time: TimeOrNow) -> SetTime {
+    match time {
+        TimeOrNow::Now => SetTime::Now,
+        TimeOrNow::SpecificTime(at) => SetTime::At(disk_time(at)),
+    }
+}
+
+/// The kernel's 32-bit device number: minor in bits 0–7 and 20–31, major in 8–19.
+fn encode_device((major, minor): (u32, u32)) -> u32 {
+    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+}
+
+fn decode_device(device: u32) -> (u32, u32) {
+    ((device & 0xf_ff00) >> 8, (device & 0xff) | ((device >> 12) & 0xf_ff00))
+}
+
+/// What mknod(2) is asked to make; `None` for types it does not make.
+pub(super) fn new_node(mode: u32, device: u32) -> Option<NewNode<'static>> {
+    let (major, minor) = decode_device(device);
+    match mode & S_IFMT {
+        S_IFREG | 0 => Some(NewNode::File),
+        S_IFIFO => Some(NewNode::Fifo),
+        S_IFSOCK => Some(NewNode::Socket),
+        S_IFCHR => Some(NewNode::CharDevice { major, minor }),
+        S_IFBLK => Some(NewNode::BlockDevice { major, minor }),
+        _ => None,
+    }
+}
+
+impl Coherence {
+    /// Attributes for a reply that gives the inode its number in the kernel (`entry`), or for one that only shows it.
+    pub(super) fn file_attr(&self, attr: &Attr, entry: bool) -> FileAttr {
+        FileAttr {
+            ino: INodeNo(if entry { self.node_id(attr.ino.addr) } else { attr.ino.addr.0 }),
+            size: attr.size,
+            blocks: attr.blocks,
+            atime: system_time(attr.atime),
+            mtime: system_time(attr.mtime),
+            ctime: system_time(attr.ctime),
+            crtime: UNIX_EPOCH,
+            kind: file_type(attr.mode),
+            perm: (attr.mode & 0o7777) as u16,
+            nlink: attr.nlink,
+            uid: attr.uid,
+            gid: attr.gid,
+            rdev: encode_device(attr.rdev),
+            blksize: attr.block_size,
+            flags: 0,
+        }
+    }
+}
+
+pub(super) fn generation(attr: &Attr) -> Generation {
+    Generation(attr.ino.formal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_before_the_epoch_and_devices_survive_both_ways() {
+        for time in [
+            Time { sec: 0, nsec: 0 },
+            Time { sec: -1, nsec: 999_999_999 },
+            Time { sec: -5, nsec: 0 },
+            Time { sec: 1 << 33, nsec: 7 },
+        ] {
+            assert_eq!(disk_time(system_time(time)), time);
+        }
+        for device in [(0, 0), (8, 1), (259, 1_048_575), (4095, 255)] {
+            assert_eq!(decode_device(encode_device(device)), device);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! What the kernel has of each inode, as far as this side must know it.
+
+use super::traffic::Traffic;
+use crate::{BlockNo, InodeNo};
+use parking_lot::{Mutex, RwLock};
+use rustc_hash::FxHashMap;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+/// One inode that the kernel knows, or is about to.
+#[derive(Default)]
+pub(super) struct Node {
+    /// References that the kernel owes a FORGET for. Changed under the shard's lock.
+    lookups: AtomicU64,
+    /// Generation of the inode at this address, by the last reply that made it known; 0 before.
+    generation: AtomicU64,
+    /// The kernel owes FORGETs for an earlier inode at the address as well: which of the two a notification finds is not known.
+    mixed: AtomicBool,
+    /// When a reply that may create the kernel's inode last gave its attributes a lifetime, in microseconds of the mount.
+    pub(super) entry_at: AtomicU64,
+    /// Handles that may map pages for writing, counted from OPEN's arrival to RELEASE's.
+    pub(super) writers: AtomicU32,
+    /// Greatest epoch in which a name of this directory was handed out with a lifetime; 0 is never.
+    pub(super) names_epoch: AtomicU64,
+    /// When the glock was last given up, in microseconds of the mount; 0 is never.
+    pub(super) demoted_at: AtomicU64,
+    pub(super) traffic: Traffic,
+    /// Owners that have locked byte ranges.
+    pub(super) lock_owners: Mutex<BTreeSet<u64>>,
+}
+
+impl Node {
+    pub(super) fn lookups(&self) -> u64 {
+        self.lookups.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_mixed(&self) -> bool {
+        self.mixed.load(Ordering::Acquire)
+    }
+
+    fn told(&self, generation: u64) {
+        let before = self.generation.swap(generation, Ordering::AcqRel);
+        if before != 0 && before != generation {
+            self.mixed.store(true, Ordering::Release);
+        }
+        self.lookups.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+const SHARDS: usize = 16;
+
+/// All inodes that the kernel knows.
+pub(super) struct Nodes {
+    shards: [RwLock<FxHashMap<BlockNo, Arc<Node>>>; SHARDS],
+}
+
+impl Nodes {
+    pub(super) fn new() -> Self {
+        Self { shards: std::array::from_fn(|_| RwLock::default()) }
+    }
+
+    fn shard(&self, ino: BlockNo) -> &RwLock<FxHashMap<BlockNo, Arc<Node>>> {
+        &self.shards[ino.0 as usize % SHARDS]
+    }
+
+    pub(super) fn find(&self, ino: BlockNo) -> Option<Arc<Node>> {
+        self.shard(ino).read().get(&ino).cloned()
+    }
+
+    pub(super) fn get(&self, ino: BlockNo) -> Arc<Node> {
+        if let Some(node) = self.find(ino) {
+            return node;
+        }
+        Arc::clone(self.shard(ino).write().entry(ino).or_default())
+    }
+
+    /// The kernel is about to be told of the inode.
+    pub(super) fn remember(&self, ino: InodeNo) -> Arc<Node> {
+        {
+            let shard = self.shard(ino.addr).read();
+            if let Some(node) = shard.get(&ino.addr) {
+                node.told(ino.formal);
+                return Arc::clone(node);
+            }
+        }
+        let mut shard = self.shard(ino.addr).write();
+        let node = shard.entry(ino.addr).or_default();
+        node.told(ino.formal);
+        Arc::clone(node)
+    }
+
+    pub(super) fn forget(&self, ino: BlockNo, times: u64) {
+        let mut shard = self.shard(ino).write();
+        let Some(node) = shard.get(&ino) else { return };
+        let left = node.lookups.load(Ordering::Acquire).saturating_sub(times);
+        node.lookups.store(left, Ordering::Release);
+        if left == 0 && node.writers.load(Ordering::Acquire) == 0 {
+            shard.remove(&ino);
+        }
+    }
+}

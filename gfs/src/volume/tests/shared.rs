@@ -1,0 +1,96 @@
+//! Several mounts of one volume, locks handed to and fro.
+
+use super::rig::{self, Rig, fsck, volume_image};
+use super::*;
+use crate::lockspace::shared::SharedSpace;
+use cairn_base::Rng;
+
+#[test]
+fn two_nodes_see_each_others_files_at_once() {
+    let rig = Rig::new(volume_image(1024, 2));
+    let space = SharedSpace::new();
+    let a = rig.mount_as("a", space.join().1, MountOptions::default()).unwrap();
+    let b = rig.mount_as("b", space.join().1, MountOptions::default()).unwrap();
+    assert_eq!((a.journal(), b.journal()), (Some(JournalId(0)), Some(JournalId(1))));
+    for i in 0..30u64 {
+        let (one, other) = if i % 2 == 0 { (&a, &b) } else { (&b, &a) };
+        let name = format!("f{}", i % 10);
+        match rig::create_file(one, &name, i as u32 % 5, i) {
+            Ok(()) => assert_eq!(rig::read_file(other, &name), Some(i as u32 % 5)),
+            Err(Error::Errno(libc::EEXIST)) => {
+                rig::remove_file(one, &name).unwrap();
+                assert_eq!(rig::read_file(other, &name), None);
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+    assert_eq!(rig::names(&a), rig::names(&b));
+    assert!(space.violations().is_empty());
+    b.unmount().unwrap();
+    a.unmount().unwrap();
+    fsck(&rig.lun.durable());
+}
+
+#[test]
+fn a_third_node_is_told_how_to_get_a_journal() {
+    let rig = Rig::new(volume_image(4096, 2));
+    let space = SharedSpace::new();
+    let a = rig.mount(space.join().1, MountOptions::default()).unwrap();
+    let b = rig.mount(space.join().1, MountOptions::default()).unwrap();
+    let text = rig.mount(space.join().1, MountOptions::default()).err().unwrap().to_string();
+    assert!(text.contains("all 2 journals are in use") && text.contains("gfs2_jadd"), "{text}");
+    a.unmount().unwrap();
+    let c = rig.mount(space.join().1, MountOptions::default()).unwrap();
+    assert_eq!(c.journal(), Some(JournalId(0)));
+    b.unmount().unwrap();
+    c.unmount().unwrap();
+}
+
+/// Makes and removes files of its own until `ops` are done; returns those that are left.
+pub(super) fn churn(vol: &Arc<Volume>, who: &str, seed: u64, ops: u64) -> Vec<String> {
+    let mut rng = Rng::new(seed);
+    let mut mine: Vec<String> = Vec::new();
+    for i in 0..ops {
+        if mine.len() < 4 && rng.chance(2, 3) || mine.is_empty() {
+            let name = format!("{who}{i}");
+            rig::create_file(vol, &name, rng.below(30) as u32, seed ^ i).unwrap();
+            mine.push(name);
+        } else {
+            let at = rng.below(mine.len() as u64) as usize;
+            rig::remove_file(vol, &mine.swap_remove(at)).unwrap();
+        }
+        if rng.chance(1, 8) {
+            vol.log_flush(FlushReason::Fsync).unwrap();
+        }
+    }
+    mine
+}
+
+#[test]
+fn concurrent_nodes_and_threads_leave_a_volume_that_fsck_accepts() {
+    let rig = Rig::new(volume_image(4096, 2));
+    let space = SharedSpace::new();
+    let options = || MountOptions { commit: Duration::from_millis(200), ..MountOptions::default() };
+    let a = rig.mount_as("a", space.join().1, options()).unwrap();
+    let b = rig.mount_as("b", space.join().1, options()).unwrap();
+    let before = a.statfs().unwrap();
+    let threads: Vec<_> = [(&a, "a", 1), (&a, "aa", 2), (&b, "b", 3), (&b, "bb", 4)]
+        .map(|(vol, who, seed)| {
+            let vol = Arc::clone(vol);
+            std::thread::spawn(move || churn(&vol, who, seed, 60))
+        })
+        .into_iter()
+        .collect();
+    let mut left: Vec<String> = threads.into_iter().flat_map(|t| t.join().unwrap()).collect();
+    left.sort();
+    assert_eq!(rig::names(&b), left);
+    a.statfs_sync().unwrap();
+    b.statfs_sync().unwrap();
+    assert_eq!(a.statfs().unwrap().dinodes, before.dinodes + left.len() as u64);
+    for name in &left {
+        assert!(rig::read_file(&a, name).is_some());
+    }
+    a.unmount().unwrap();
+    b.unmount().unwrap();
+    fsck(&rig.lun.durable());
+}

@@ -1,0 +1,510 @@
+//! The domain in a small world: totally ordered messages inside a component, crashes before, during and after each of
+//! them, cuts, heals, restarts, agents that fail. What counts is what really happened to a life, which only the world knows.
+
+use super::*;
+use cairn_base::Rng;
+use std::collections::VecDeque;
+
+const NODES: u16 = 3;
+
+fn config(me: Proc) -> DomainConfig {
+    DomainConfig {
+        me,
+        nodes: (1..=NODES).map(|n| (NodeId(n), (format!("n{n}"), true))).collect(),
+        post_fail_delay: Some(Duration::ZERO),
+        post_join_delay: Some(Duration::from_secs(3)),
+        clean_start: false,
+        skip_undefined: false,
+        takeover: Duration::from_secs(200),
+    }
+}
+
+struct Node {
+    proc: Proc,
+    core: Domain,
+    fenced: Vec<Proc>,
+    /// Messages of mine that nobody has got yet.
+    sent: VecDeque<DomainMsg>,
+}
+
+struct World {
+    now: Boottime,
+    rng: Rng,
+    view: u64,
+    nodes: BTreeMap<NodeId, Node>,
+    /// Component of each living node.
+    part: BTreeMap<NodeId, u8>,
+    last_life: BTreeMap<NodeId, u64>,
+    /// Lives that are really over.
+    dead: BTreeSet<Proc>,
+    left_cleanly: BTreeSet<Proc>,
+    agents: Vec<(NodeId, Proc, Proc, bool)>,
+    log: Vec<String>,
+    fail_agents: bool,
+    /// Lives that found themselves excluded; they end after the present step.
+    doomed: Vec<Proc>,
+    /// Last life of a node when an agent proved its death.
+    looked: BTreeMap<NodeId, u64>,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        Self {
+            now: Boottime::from_millis(1000),
+            rng: Rng::new(seed),
+            view: 0,
+            nodes: BTreeMap::new(),
+            part: BTreeMap::new(),
+            last_life: BTreeMap::new(),
+            dead: BTreeSet::new(),
+            left_cleanly: BTreeSet::new(),
+            agents: Vec::new(),
+            log: Vec::new(),
+            fail_agents: true,
+            doomed: Vec::new(),
+            looked: BTreeMap::new(),
+        }
+    }
+
+    fn boot(&mut self, id: NodeId) {
+        let life = self.last_life.entry(id).or_default();
+        *life += 1;
+        let proc = Proc { node: id, incarnation: Incarnation(*life) };
+        let core = Domain::new(config(proc));
+        self.nodes.insert(id, Node { proc, core, fenced: Vec::new(), sent: VecDeque::new() });
+        // alone in a component of its own until the next healing
+        let part = (0..=u8::MAX).find(|p| !self.part.values().any(|q| q == p)).unwrap();
+        self.part.insert(id, part);
+        self.install(part);
+    }
+
+    fn kill(&mut self, id: NodeId, why: &str) {
+        if let Some(node) = self.nodes.remove(&id) {
+            self.log.push(format!("{} dies: {why}", node.proc));
+            self.dead.insert(node.proc);
+            let part = self.part.remove(&id).unwrap();
+            self.agents.retain(|(n, ..)| *n != id);
+            self.install(part);
+        }
+    }
+
+    fn reap(&mut self) {
+        while let Some(p) = self.doomed.pop() {
+            if self.nodes.get(&p.node).is_some_and(|n| n.proc == p) {
+                self.kill(p.node, "excluded");
+            }
+        }
+    }
+
+    fn members(&self, part: u8) -> Vec<NodeId> {
+        self.part.iter().filter(|(_, p)| **p == part).map(|(n, _)| *n).collect()
+    }
+
+    fn quorate(&self, part: u8) -> bool {
+        self.members(part).len() * 2 > NODES as usize
+    }
+
+    /// Synchronisation round and new view of a component.
+    fn install(&mut self, part: u8) {
+        let ids = self.members(part);
+        if ids.is_empty() {
+            return;
+        }
+        self.view += 1;
+        let parts: Vec<(NodeId, DomainSync)> =
+            ids.iter().map(|id| (*id, self.nodes[id].core.sync())).collect();
+        let merged = merge(parts.iter().map(|(n, s)| (*n, s)));
+        let procs: Vec<Proc> = ids.iter().map(|id| self.nodes[id].proc).collect();
+        self.log.push(format!("view {} {procs:?}", self.view));
+        let quorate = self.quorate(part);
+        for id in ids {
+            // what was not sent in the old view goes out in the new one
+            let mut out = Vec::new();
+            let node = self.nodes.get_mut(&id).unwrap();
+            node.core.view(self.now, self.view, &procs, merged.clone(), 0, &mut out);
+            node.core.quorate(self.now, quorate, &mut out);
+            self.act(id, out);
+        }
+    }
+
+    fn act(&mut self, id: NodeId, actions: Vec<DomainAction>) {
+        for action in actions {
+            // an earlier action may have ended this node
+            let Some(node) = self.nodes.get_mut(&id) else { return };
+            match action {
+                DomainAction::Send { msg, .. } => node.sent.push_back(msg),
+                DomainAction::Run { victim, probe } => {
+                    let me = node.proc;
+                    let part = self.part[&id];
+                    assert!(self.quorate(part), "an agent ran without quorum");
+                    self.log.push(format!("{me} runs probe={probe} against {victim}"));
+                    self.agents.push((id, me, victim, probe));
+                }
+                DomainAction::Fenced { proc, proof, .. } => {
+                    self.log.push(format!("{} sees {proc} fenced: {proof}", node.proc));
+                    assert!(!node.fenced.contains(&proc), "{proc} fenced twice at {}", node.proc);
+                    node.fenced.push(proc);
+                    assert!(!self.left_cleanly.contains(&proc), "{proc} had left cleanly");
+                    // an unknown life: whatever was there when the agent looked
+                    let looked = self.looked.get(&proc.node).copied().unwrap_or(0);
+                    let alive = self.nodes.values().any(|n| {
+                        let unknown = proc.incarnation.0 == 0 && !matches!(proof, Proof::Rejoined(_));
+                        n.proc.node == proc.node
+                            && (n.proc == proc || (unknown && n.proc.incarnation.0 <= looked))
+                    });
+                    assert!(!alive, "{proc} lives, but is said to be fenced");
+                }
+                DomainAction::Excluded => self.doomed.push(node.proc),
+                DomainAction::Pending { .. } | DomainAction::Log(_) => {}
+            }
+        }
+    }
+
+    /// Delivers the oldest message of some sender to everybody in its component.
+    fn deliver(&mut self, crash_during: bool) -> bool {
+        let senders: Vec<NodeId> =
+            self.nodes.iter().filter(|(_, n)| !n.sent.is_empty()).map(|(id, _)| *id).collect();
+        if senders.is_empty() {
+            return false;
+        }
+        let sender = senders[self.rng.below(senders.len() as u64) as usize];
+        let from = self.nodes[&sender].proc;
+        let msg = self.nodes.get_mut(&sender).unwrap().sent.pop_front().unwrap();
+        self.log.push(format!("{from} says {msg:?}"));
+        let part = self.part[&sender];
+        let ids = self.members(part);
+        // one may die with or without having got it; the others all get it
+        let victim = crash_during.then(|| ids[self.rng.below(ids.len() as u64) as usize]);
+        let heard = victim.is_none_or(|_| self.rng.chance(1, 2));
+        if let Some(v) = victim.filter(|_| heard) {
+            self.give(v, from, &msg);
+        }
+        for id in ids {
+            if Some(id) != victim {
+                self.give(id, from, &msg);
+            }
+        }
+        if let DomainMsg::Leave(p) = msg {
+            // whoever did not hear it sees a failure
+            if heard && self.members(part).len() == self.nodes.len() {
+                self.left_cleanly.insert(p);
+            }
+            self.kill(p.node, "left");
+        }
+        if let Some(v) = victim {
+            self.kill(v, "crash at a message");
+        }
+        true
+    }
+
+    fn give(&mut self, id: NodeId, from: Proc, msg: &DomainMsg) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            let mut out = Vec::new();
+            node.core.message(self.now, from, msg.clone(), &mut out);
+            self.act(id, out);
+        }
+    }
+
+    fn finish_agent(&mut self) {
+        if self.agents.is_empty() {
+            return;
+        }
+        let i = self.rng.below(self.agents.len() as u64) as usize;
+        let (id, me, victim, probe) = self.agents.remove(i);
+        let target = self.nodes.get(&victim.node).map(|n| n.proc);
+        // a later life is a proof; the agent does not touch it
+        let lives = target.filter(|t| victim.incarnation.0 == 0 || *t == victim);
+        let result = if probe {
+            if lives.is_none() { Ok(Proof::NotRunning) } else { Err("running".to_owned()) }
+        } else if self.fail_agents && self.rng.chance(1, 3) {
+            Err("agent failed".to_owned())
+        } else {
+            if lives.is_some() {
+                self.kill(victim.node, "fenced");
+            }
+            Ok(Proof::Exited)
+        };
+        if result.is_ok() {
+            self.looked.insert(victim.node, self.last_life.get(&victim.node).copied().unwrap_or(0));
+        }
+        if let Some(node) = self.nodes.get_mut(&id)
+            && node.proc == me
+        {
+            let mut out = Vec::new();
+            node.core.agent_done(self.now, victim, result, 0, &mut out);
+            self.act(id, out);
+        }
+    }
+
+    fn pass_time(&mut self, ms: u64) {
+        self.now += Duration::from_millis(ms);
+        for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+            if let Some(node) = self.nodes.get_mut(&id) {
+                let mut out = Vec::new();
+                node.core.tick(self.now, &mut out);
+                self.act(id, out);
+            }
+        }
+    }
+
+    fn heal(&mut self) {
+        if self.part.values().collect::<BTreeSet<_>>().len() > 1 {
+            self.part.values_mut().for_each(|p| *p = 0);
+            self.install(0);
+        }
+    }
+
+    fn cut(&mut self) {
+        let ids: Vec<NodeId> = self.part.keys().copied().collect();
+        if ids.len() > 1 && self.part.values().collect::<BTreeSet<_>>().len() == 1 {
+            let alone = ids[self.rng.below(ids.len() as u64) as usize];
+            for id in ids {
+                self.part.insert(id, u8::from(id == alone));
+            }
+            self.install(0);
+            self.install(1);
+        }
+    }
+
+    fn step(&mut self) {
+        match self.rng.below(100) {
+            0..=49 => {
+                let crash = self.rng.chance(1, 25);
+                self.deliver(crash);
+            }
+            50..=69 => self.finish_agent(),
+            70..=84 => self.pass_time(1000),
+            85..=88 => self.cut(),
+            89..=93 => self.heal(),
+            94..=97 => {
+                let absent: Vec<NodeId> =
+                    (1..=NODES).map(NodeId).filter(|n| !self.nodes.contains_key(n)).collect();
+                if !absent.is_empty() {
+                    let id = absent[self.rng.below(absent.len() as u64) as usize];
+                    self.boot(id);
+                }
+            }
+            98 => {
+                let ids: Vec<NodeId> = self.nodes.keys().copied().collect();
+                if !ids.is_empty() {
+                    let id = ids[self.rng.below(ids.len() as u64) as usize];
+                    self.kill(id, "crash");
+                }
+            }
+            _ => {
+                let ids: Vec<NodeId> =
+                    self.nodes.iter().filter(|(_, n)| n.core.joined()).map(|(id, _)| *id).collect();
+                if !ids.is_empty() {
+                    let id = ids[self.rng.below(ids.len() as u64) as usize];
+                    let mut out = Vec::new();
+                    self.nodes.get_mut(&id).unwrap().core.leave(&mut out);
+                    self.act(id, out);
+                }
+            }
+        }
+        self.reap();
+    }
+
+    /// Everything works again: what is missing now must be proved dead, and all must agree.
+    fn settle(&mut self) {
+        self.fail_agents = false;
+        for n in 1..=NODES {
+            if !self.nodes.contains_key(&NodeId(n)) && (n != 3 || self.nodes.len() < 2) {
+                self.boot(NodeId(n));
+            }
+        }
+        self.heal();
+        for _ in 0..3_000 {
+            while self.deliver(false) {}
+            self.finish_agent();
+            self.pass_time(500);
+            self.reap();
+            // an excluded life comes back as a new one
+            for n in 1..=2 {
+                if !self.nodes.contains_key(&NodeId(n)) {
+                    self.boot(NodeId(n));
+                    self.heal();
+                }
+            }
+        }
+        let first = self.nodes.values().next().unwrap().core.state().clone();
+        assert!(first.victims.is_empty(), "left over: {:?}", first.victims);
+        for node in self.nodes.values() {
+            assert_eq!(node.core.state(), &first, "{} disagrees", node.proc);
+            assert!(node.core.joined(), "{} is not in the domain", node.proc);
+        }
+        for p in &self.dead {
+            assert!(!first.members.contains_key(p), "{p} is dead, and still a member");
+        }
+    }
+}
+
+fn run(seed: u64, steps: u32) {
+    let mut w = World::new(seed);
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        w.boot(NodeId(1));
+        w.boot(NodeId(2));
+        if !seed.is_multiple_of(3) {
+            w.boot(NodeId(3));
+        }
+        w.heal();
+        for _ in 0..steps {
+            w.step();
+        }
+        w.settle();
+    }));
+    if let Err(e) = result {
+        let tail = w.log.len().saturating_sub(60);
+        eprintln!("seed {seed}:\n{}", w.log[tail..].join("\n"));
+        std::panic::resume_unwind(e);
+    }
+}
+
+#[test]
+fn every_victim_is_fenced_once_and_nobody_alive_is_said_to_be() {
+    for seed in 0..400 {
+        run(seed, 300);
+    }
+}
+
+/// Three members, two are lost together; the fencer dies at each possible point of its work.
+#[test]
+fn a_fencer_may_die_at_each_message() {
+    for deliveries in 0..12 {
+        let mut w = World::new(deliveries);
+        w.fail_agents = false;
+        for n in 1..=3 {
+            w.boot(NodeId(n));
+        }
+        w.heal();
+        while w.deliver(false) {}
+        w.kill(NodeId(3), "crash");
+        for i in 0..deliveries {
+            if i % 2 == 0 {
+                w.deliver(false);
+            } else {
+                w.finish_agent();
+            }
+        }
+        w.kill(NodeId(1), "the fencer dies");
+        w.boot(NodeId(1));
+        w.settle();
+    }
+}
+
+#[test]
+fn absent_nodes_are_fenced_at_start_and_a_free_lock_needs_no_waiting() {
+    let mut w = World::new(1);
+    w.boot(NodeId(1));
+    w.boot(NodeId(2));
+    w.heal();
+    while w.deliver(false) {}
+    assert!(!w.agents.is_empty() && w.agents.iter().all(|a| a.3), "the third node is only looked at");
+    while !w.agents.is_empty() {
+        w.finish_agent();
+    }
+    while w.deliver(false) {}
+    for id in [1, 2] {
+        let third = Proc { node: NodeId(3), incarnation: Incarnation(0) };
+        assert_eq!(w.nodes[&NodeId(id)].fenced, [third], "without any delay");
+    }
+}
+
+/// Whoever was cut off sees a member fail that has left. Nobody will fence it: the leave itself is the proof.
+#[test]
+fn a_leave_that_was_not_heard_is_told_as_a_proof() {
+    let mut w = World::new(1);
+    for n in 1..=3 {
+        w.boot(NodeId(n));
+    }
+    w.heal();
+    while w.deliver(false) {}
+    let second = w.nodes[&NodeId(2)].proc;
+    for (id, part) in [(1, 0), (2, 0), (3, 1)] {
+        w.part.insert(NodeId(id), part);
+    }
+    w.install(0);
+    w.install(1);
+    let mut out = Vec::new();
+    w.nodes.get_mut(&NodeId(2)).unwrap().core.leave(&mut out);
+    w.act(NodeId(2), out);
+    while w.deliver(false) {}
+    assert!(!w.nodes.contains_key(&NodeId(2)));
+    w.heal();
+    while w.deliver(false) {}
+    assert_eq!(w.nodes[&NodeId(3)].fenced, [second]);
+    assert!(w.nodes[&NodeId(1)].fenced.is_empty(), "it heard the leave");
+}
+
+#[test]
+fn a_minority_fences_nobody() {
+    let mut w = World::new(1);
+    for n in 1..=3 {
+        w.boot(NodeId(n));
+    }
+    w.heal();
+    while w.deliver(false) {}
+    for (id, part) in [(1, 0), (2, 1), (3, 2)] {
+        w.part.insert(NodeId(id), part);
+    }
+    for part in 0..3 {
+        w.install(part);
+    }
+    for _ in 0..50 {
+        w.pass_time(1000);
+        w.deliver(false);
+    }
+    assert!(w.agents.is_empty());
+    // nobody was quorate in between: they go on together as if nothing had happened
+    w.heal();
+    while w.deliver(false) {}
+    assert_eq!(w.nodes.len(), 3);
+    assert!(w.nodes.values().all(|n| n.fenced.is_empty() && n.core.state().victims.is_empty()));
+}
+
+#[test]
+fn the_log_has_the_historical_wording() {
+    let l = |log: FenceLog, d| log.text(d);
+    let name = || "web2".to_owned();
+    let not_member = FenceLog::NotMember { name: name(), seconds: 0, startup: false };
+    assert_eq!(
+        l(not_member.clone(), Dialect::Rhel5).unwrap(),
+        "web2 not a cluster member after 0 sec post_fail_delay"
+    );
+    assert_eq!(l(not_member, Dialect::Rhel6), None);
+    assert_eq!(l(FenceLog::Fencing { name: name() }, Dialect::Rhel5).unwrap(), "fencing node \"web2\"");
+    assert_eq!(l(FenceLog::Success { name: name() }, Dialect::Rhel5).unwrap(), "fence \"web2\" success");
+    assert_eq!(l(FenceLog::Success { name: name() }, Dialect::Rhel6).unwrap(), "fence web2 success");
+}
+
+/// Node 3 was cut from the storage by those who did not know its life; it runs on, and comes back with its state.
+#[test]
+fn a_life_that_was_fenced_unknown_is_excluded_when_it_returns() {
+    let life = |n: u16, i: u64| Proc { node: NodeId(n), incarnation: Incarnation(i) };
+    let fenced = |proof| Gone {
+        incarnation: Incarnation(0),
+        how: How::Fenced { fencer: NodeId(1), proof, unix_time: 0 },
+    };
+    let state = |members: &[Proc], gone: Option<Gone>| DomainSync {
+        state: DomainState {
+            formed: true,
+            members: members.iter().map(|p| (*p, true)).collect(),
+            gone: gone.into_iter().map(|g| (NodeId(3), g)).collect(),
+            ..DomainState::default()
+        },
+        running: BTreeSet::new(),
+    };
+    let excluded = |one: &DomainSync, three: &DomainSync| {
+        merge([(NodeId(1), one), (NodeId(3), three)].into_iter()).state.is_excluded(life(3, 4))
+    };
+    let agent = || Some(fenced(Proof::Agent("fabric".to_owned())));
+    let old = state(&[life(3, 4), life(2, 1)], None);
+    assert!(excluded(&state(&[life(1, 7)], agent()), &old));
+    // it came back before the fence, which it averted
+    let averted = Some(fenced(Proof::Rejoined(Incarnation(4))));
+    assert!(!excluded(&state(&[life(1, 7)], averted), &old));
+    // it was admitted after the fence; node 1 was away then
+    assert!(!excluded(&state(&[life(1, 7)], agent()), &state(&[life(3, 4)], agent())));
+    // it has just started
+    assert!(!excluded(&state(&[life(1, 7)], agent()), &state(&[], None)));
+}

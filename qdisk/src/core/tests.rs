@@ -1,0 +1,2 @@
+mod directed;
+mod sim;
