@@ -96,7 +96,9 @@ impl Adapter {
     fn serve_attr(&self, reply: ReplyAttr, op: impl Fn(&Core) -> Result<Held<Attr>> + Send + 'static) {
         self.serve(reply, op, |core, reply, result| match result {
             Ok(held) => {
-                reply.attr(&core.kernel.unchecked_attr_ttl(), &core.kernel.file_attr(&held.value, false));
+                let node = core.kernel.nodes.get(held.value.ino.addr);
+                let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
+                reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
                 drop(held);
             }
             Err(e) => reply.error(errno(&e)),
@@ -112,15 +114,11 @@ impl Adapter {
     ) {
         self.serve(reply, op, move |core, reply, result| match result {
             Ok(held) => {
-                core.remember(&held.value);
+                let (node, _) = core.remember(&held.value);
+                let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
                 let names = core.kernel.name_ttl(&core.kernel.nodes.get(dir));
                 let attr = core.kernel.file_attr(&held.value, true);
-                reply.entry_with_ttls(
-                    &core.kernel.unchecked_attr_ttl(),
-                    &names,
-                    &attr,
-                    generation(&held.value),
-                );
+                reply.entry_with_ttls(&ttl, &names, &attr, generation(&held.value));
                 drop(held);
             }
             Err(e) => reply.error(errno(&e)),
@@ -130,7 +128,7 @@ impl Adapter {
 
 impl Core {
     /// The kernel is about to be told of the inode.
-    fn remember(&self, attr: &Attr) -> Arc<Node> {
+    fn remember(&self, attr: &Attr) -> (Arc<Node>, bool) {
         self.fs.remember(attr.ino.addr);
         self.kernel.nodes.remember(attr.ino)
     }
@@ -211,7 +209,8 @@ impl Filesystem for Adapter {
                 Ok(held) => {
                     let names = core.kernel.name_ttl(&core.kernel.nodes.get(dir));
                     if let Some(attr) = &held.value {
-                        let ttl = core.kernel.entry_attr_ttl(&core.remember(attr));
+                        let (node, first) = core.remember(attr);
+                        let ttl = core.kernel.entry_attr_ttl(&node, attr, first);
                         reply.entry_with_ttls(
                             &ttl,
                             &names,
@@ -241,7 +240,7 @@ impl Filesystem for Adapter {
             move |core| core.fs.getattr(ino),
             move |core, reply, result| match result {
                 Ok(held) => {
-                    let ttl = core.kernel.attr_ttl(&core.kernel.nodes.get(ino));
+                    let ttl = core.kernel.attr_ttl(&core.kernel.nodes.get(ino), &held.value);
                     reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
                     drop(held);
                 }
@@ -426,13 +425,13 @@ impl Filesystem for Adapter {
                 core.opened(thread, &result);
                 match result {
                     Ok(held) => {
-                        core.remember(&held.value);
+                        let (node, _) = core.remember(&held.value);
                         if core.kernel.is_clustered() && handle.writer {
                             // Its glock is held in EX here.
                             core.count_writer(held.value.ino.addr);
                         }
                         // One lifetime for name and attributes, so among nodes none.
-                        let ttl = core.kernel.unchecked_attr_ttl();
+                        let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
                         let attr = core.kernel.file_attr(&held.value, true);
                         reply.created(
                             &ttl,

@@ -1,6 +1,7 @@
 //! What the kernel has of each inode, as far as this side must know it.
 
 use super::traffic::Traffic;
+use crate::ops::Attr;
 use crate::{BlockNo, InodeNo};
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
@@ -19,6 +20,8 @@ pub(super) struct Node {
     mixed: AtomicBool,
     /// When a reply that may create the kernel's inode last gave its attributes a lifetime, in microseconds of the mount.
     pub(super) entry_at: AtomicU64,
+    /// What the last reply said of its attributes, and since when replies have said the same, in microseconds of the mount.
+    told: Mutex<Option<(Attr, u64)>>,
     /// Handles that may map pages for writing, counted from OPEN's arrival to RELEASE's.
     pub(super) writers: AtomicU32,
     /// Greatest epoch in which a name of this directory was handed out with a lifetime; 0 is never.
@@ -39,12 +42,25 @@ impl Node {
         self.mixed.load(Ordering::Acquire)
     }
 
-    fn told(&self, generation: u64) {
+    /// The kernel is about to be told of these attributes at `now`; for how many microseconds it has been told the same.
+    pub(super) fn tell(&self, attr: &Attr, now: u64) -> u64 {
+        let mut told = self.told.lock();
+        match &*told {
+            Some((before, since)) if before == attr => now.saturating_sub(*since),
+            _ => {
+                *told = Some((*attr, now));
+                0
+            }
+        }
+    }
+
+    /// True when the kernel has no such inode before this.
+    fn known_as(&self, generation: u64) -> bool {
         let before = self.generation.swap(generation, Ordering::AcqRel);
         if before != 0 && before != generation {
             self.mixed.store(true, Ordering::Release);
         }
-        self.lookups.fetch_add(1, Ordering::AcqRel);
+        self.lookups.fetch_add(1, Ordering::AcqRel) == 0
     }
 }
 
@@ -75,19 +91,17 @@ impl Nodes {
         Arc::clone(self.shard(ino).write().entry(ino).or_default())
     }
 
-    /// The kernel is about to be told of the inode.
-    pub(super) fn remember(&self, ino: InodeNo) -> Arc<Node> {
+    /// The kernel is about to be told of the inode; true when it does not know it yet.
+    pub(super) fn remember(&self, ino: InodeNo) -> (Arc<Node>, bool) {
         {
             let shard = self.shard(ino.addr).read();
             if let Some(node) = shard.get(&ino.addr) {
-                node.told(ino.formal);
-                return Arc::clone(node);
+                return (Arc::clone(node), node.known_as(ino.formal));
             }
         }
         let mut shard = self.shard(ino.addr).write();
         let node = shard.entry(ino.addr).or_default();
-        node.told(ino.formal);
-        Arc::clone(node)
+        (Arc::clone(node), node.known_as(ino.formal))
     }
 
     pub(super) fn forget(&self, ino: BlockNo, times: u64) {

@@ -1,5 +1,6 @@
 //! Real mounts in this process.
 
+mod lifetimes;
 mod rig;
 mod smoke;
 mod stress;
