@@ -135,14 +135,13 @@ impl Core {
 
     /// Handle flags, and their effect on the rules of caching. Among nodes only.
     fn open_flags(&self, handle: Handle) -> FopenFlags {
-        if !self.kernel.is_clustered() {
-            return FopenFlags::FOPEN_KEEP_CACHE;
-        }
-        if handle.direct {
+        // Also for handles that do not use the cache: an open without it drops all pages of the inode, also those under a WRITE on its way.
+        let keep = FopenFlags::FOPEN_KEEP_CACHE;
+        if self.kernel.is_clustered() && handle.direct {
             // The kernel serialises appends itself; others may run side by side.
-            FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+            keep | FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
         } else {
-            FopenFlags::FOPEN_KEEP_CACHE
+            keep
         }
     }
 }

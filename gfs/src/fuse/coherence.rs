@@ -39,10 +39,13 @@ const CONTENDED: Duration = Duration::from_secs(1);
 /// Attributes that were told without a lifetime so long ago, and have not changed, are in the kernel's inode: a thread takes microseconds from our
 /// write of the reply until it has filled them in.
 const SETTLED: Duration = Duration::from_millis(100);
-/// A buffered WRITE whose own page keeps the drop of its pages waiting goes on after this: such a page is not up to date, nothing is lost.
-/// Such a page is not among those that were read either, so this happens only where ranges were joined; a drop that is merely slow must not be taken
-/// for it. The drop is then left behind, and removes pages some time later, when the next WRITE may have filled them: that one is ordered as well.
-const OWN_PAGE: Duration = Duration::from_millis(200);
+/// A buffered WRITE whose own page keeps the drop of its pages waiting goes on after so many ticks of quiet: that page is not up to date, nothing
+/// is lost. Such a page was not read either since it was last dropped, so this is rare (a direct READ that looked like one of pages, a page that the
+/// kernel let go by itself). A drop that is merely slow must not be taken for it, or the WRITE ends beside an old page: so a thread is at it, no READ
+/// and no write-back is waited for, and this thread was woken in time at each tick, as everybody is whom a busy processor keeps from unlocking a page.
+/// The drop is then left behind, and removes pages some time later, when the next WRITE may have filled them: that one is ordered as well.
+const OWN_PAGE: u32 = 20;
+const TICK: Duration = Duration::from_millis(5);
 /// How long the reply that creates an inode may take from our write to the kernel's table (it takes microseconds).
 const REPLY_LIMIT: Duration = Duration::from_secs(1);
 
@@ -333,22 +336,25 @@ impl Coherence {
             return true;
         }
         let errand = Arc::new(Errand::default());
-        let (me, done, of) = (Arc::clone(self), Arc::clone(&errand), Arc::clone(node));
+        let (me, of_node, its) = (Arc::clone(self), Arc::clone(node), Arc::clone(&errand));
         self.helpers.run(move || {
+            its.begins();
             if let Some(notify) = me.notify.get() {
                 notify.pages(id, offset, len);
             }
-            done.done(|| of.traffic.left_drop_ended());
+            its.done(|| of_node.traffic.left_drop_ended());
         });
-        loop {
-            if errand.wait(OWN_PAGE) {
+        let mut quiet = 0;
+        while quiet < OWN_PAGE {
+            let asleep = Instant::now();
+            if errand.wait(TICK) {
                 return true;
             }
-            if node.traffic.no_reads(gate) {
-                self.stats.own_page.fetch_add(1, Ordering::Relaxed);
-                return errand.leave(|| node.traffic.drop_left_behind());
-            }
+            let in_time = asleep.elapsed() < 2 * TICK;
+            quiet = if in_time && errand.has_begun() && node.traffic.is_quiet(gate) { quiet + 1 } else { 0 };
         }
+        self.stats.own_page.fetch_add(1, Ordering::Relaxed);
+        errand.leave(|| node.traffic.drop_left_behind())
     }
 
     /// Attributes changed without the kernel's knowledge, under the glock; at once and from any thread.

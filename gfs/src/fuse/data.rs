@@ -2,6 +2,7 @@
 
 use super::adapter::{Adapter, Core, errno};
 use super::coherence::Part;
+use super::node::Node;
 use super::range::Pages;
 use crate::glock::{AcquireFlags, Class, LockState, as_request, is_nowait, nowait};
 use crate::lockspace::{PlockKind, PlockRequest};
@@ -121,11 +122,12 @@ impl Core {
             glocks.acquire_on(&glock, LockState::Exclusive, AcquireFlags::PIN | AcquireFlags::SKIP)
         })?;
         let node = self.kernel.nodes.get(w.ino);
-        let (first, passes) = node.traffic.first_after_pass();
+        let pages = Pages::of(w.offset, data.len() as u64);
+        let (must_order, passes) = node.traffic.must_order(pages);
         let apply = || as_request(name, Class::Pinned, false, write);
-        let ordered = self.kernel.does(Part::WriteOrder) && (!w.buffered || first || w.mode.append);
+        let ordered = self.kernel.does(Part::WriteOrder) && (!w.buffered || must_order || w.mode.append);
         let mut held = if ordered {
-            let mut pages = Pages::of(w.offset, data.len() as u64);
+            let mut pages = pages;
             if w.mode.append {
                 let attr = as_request(name, Class::Pinned, false, || self.fs.getattr(w.ino))?;
                 let there = Pages::of(attr.value.size, data.len() as u64);
@@ -143,7 +145,15 @@ impl Core {
         Ok(Done { held, passes: w.buffered.then_some(passes) })
     }
 
-    fn answer_write(&self, w: Write, len: usize, reply: ReplyWrite, result: Result<Done>) {
+    /// `written_back`: of a mapped page, whose arrival was noted there.
+    fn answer_write(
+        &self,
+        w: Write,
+        len: usize,
+        written_back: Option<Arc<Node>>,
+        reply: ReplyWrite,
+        result: Result<Done>,
+    ) {
         match result {
             Ok(Done { held, passes }) => {
                 if w.mode.mapped || w.mode.kill_priv || held.value.offset != w.offset {
@@ -166,6 +176,9 @@ impl Core {
                 }
                 reply.error(errno(&e));
             }
+        }
+        if let Some(node) = written_back {
+            node.traffic.write_back_ended();
         }
     }
 }
@@ -206,7 +219,8 @@ impl Adapter {
             }
         };
         let certain = !handle.direct && !direct;
-        self.serve_pages(ino, Pages::of(offset, size.into()), certain, reply, read, answer);
+        let fills = certain || Pages::are_whole(offset, size.into());
+        self.serve_pages(ino, Pages::of(offset, size.into()), certain, fills, reply, read, answer);
     }
 
     /// The kernel keeps the target of a symbolic link in the first page, and has that locked while it waits: as with READ.
@@ -222,16 +236,17 @@ impl Adapter {
                 None
             }
         };
-        self.serve_pages(ino, Pages { first: 0, last: 0 }, true, reply, read, answer);
+        self.serve_pages(ino, Pages { first: 0, last: 0 }, true, true, reply, read, answer);
     }
 
-    /// A request whose reply fills `pages` of the kernel's cache. A page pass must neither wait for one that waits, nor miss one that has been
+    /// A request whose reply fills `pages` of the kernel's cache (surely when `certain`, perhaps when it `fills` whole ones). A page pass must neither wait for one that waits, nor miss one that has been
     /// answered. `answer` writes the reply, and returns the holders if there was data.
     fn serve_pages<T: 'static, H: 'static>(
         &self,
         ino: BlockNo,
         pages: Pages,
         certain: bool,
+        fills: bool,
         reply: ReplyData,
         read: impl Fn(&Core) -> Result<T> + Send + 'static,
         answer: impl FnOnce(ReplyData, Result<T>) -> Option<H> + Send + 'static,
@@ -266,7 +281,7 @@ impl Adapter {
             },
             move |_, reply, result| {
                 let held = answer(reply, result);
-                ended.traffic.read_ended(ticket, held.is_some());
+                ended.traffic.read_ended(ticket, fills && held.is_some());
                 drop(held);
             },
         );
@@ -299,6 +314,11 @@ impl Adapter {
             },
             buffered: through_pages && !direct,
         };
+        let written_back = (mapped && self.core.kernel.is_clustered()).then(|| {
+            let node = self.core.kernel.nodes.get(ino);
+            node.traffic.write_back_begins();
+            node
+        });
         match nowait(|| self.core.write(w, data)) {
             Err(Error::WouldBlock) => {
                 let core = Arc::clone(&self.core);
@@ -306,10 +326,10 @@ impl Adapter {
                 let pool = if mapped { &self.write_back } else { &self.blocked };
                 pool.run(move || {
                     let result = core.write(w, &data);
-                    core.answer_write(w, data.len(), reply, result);
+                    core.answer_write(w, data.len(), written_back, reply, result);
                 });
             }
-            result => self.core.answer_write(w, data.len(), reply, result),
+            result => self.core.answer_write(w, data.len(), written_back, reply, result),
         }
     }
 }

@@ -23,6 +23,11 @@ impl Pages {
         self.first <= other.last && other.first <= self.last
     }
 
+    /// Whether these bytes are whole pages, as the kernel reads them for its cache.
+    pub(super) fn are_whole(offset: u64, len: u64) -> bool {
+        offset.is_multiple_of(PAGE) && len.is_multiple_of(PAGE)
+    }
+
     /// (offset, length) in bytes; length 0 is "to the end".
     pub(super) fn bytes(self) -> (u64, u64) {
         if self.last == Self::END {

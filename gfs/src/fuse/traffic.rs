@@ -36,8 +36,13 @@ struct State {
     last_id: u64,
     reads: Vec<Reading>,
     gates: Vec<Gate>,
-    /// Pages that were read since they were last dropped. A page in here is up to date, so a buffered WRITE does not keep it locked.
+    /// Pages that were read since they were last dropped, or may have been (by a direct READ that looks like that of a page).
     cached: RangeSet,
+    /// Of these: since the last buffered WRITE was answered. The kernel sends one at a time, so such a page may have been filled by the next one,
+    /// dropped by the kernel on its own (memory, an open without the flag to keep it) and read again, all before that WRITE arrives here.
+    read_since_write: RangeSet,
+    /// Write-back of mapped pages between arrival and reply.
+    writing_back: u32,
     /// Buffered WRITEs left pages in the kernel's cache since the last pass.
     written: bool,
     /// A demotion's pass is running; what was served meanwhile.
@@ -107,16 +112,16 @@ impl Traffic {
         self.changed.notify_all();
     }
 
-    /// Its reply has been written (the glock is still held); `filled`: with data that the kernel may keep.
+    /// Its reply has been written (the glock is still held); `filled`: with data that may be whole pages of the kernel's now.
     pub(super) fn read_ended(&self, ticket: ReadTicket, filled: bool) {
         let mut state = self.state.lock();
         let Some(at) = state.reads.iter().position(|r| r.id == ticket.0) else { return };
         let pages = state.reads.swap_remove(at).pages;
         if filled {
             state.note_cached(pages);
-        }
-        for gate in state.gates.iter_mut().filter(|g| g.pages.overlaps(pages)) {
-            gate.again = true;
+            for gate in state.gates.iter_mut().filter(|g| g.pages.overlaps(pages)) {
+                gate.again = true;
+            }
         }
         if !state.gates.is_empty() {
             drop(state);
@@ -128,16 +133,31 @@ impl Traffic {
     pub(super) fn wrote_through_cache(&self, pages: Pages, passes_before: u64) {
         let mut state = self.state.lock();
         state.written = true;
+        state.read_since_write.clear();
         if let Some(again) = &mut state.pass {
             again.insert(pages);
         }
         state.written_after = state.written_after.max(passes_before);
     }
 
-    /// Whether a buffered WRITE that arrives now may have filled its pages before a pass; and the count for `wrote_through_cache`.
-    pub(super) fn first_after_pass(&self) -> (bool, u64) {
+    /// Whether the pages of a buffered WRITE that arrives now may have gone and come back since the kernel filled them; and the count for
+    /// `wrote_through_cache`.
+    pub(super) fn must_order(&self, pages: Pages) -> (bool, u64) {
         let state = self.state.lock();
-        (state.pass.is_some() || state.left_behind > 0 || state.passes > state.written_after, state.passes)
+        let passed = state.pass.is_some() || state.left_behind > 0 || state.passes > state.written_after;
+        let read =
+            || state.read_since_write.overlaps(pages) || state.reads.iter().any(|r| r.pages.overlaps(pages));
+        (passed || read(), state.passes)
+    }
+
+    /// Write-back of a mapped page has arrived.
+    pub(super) fn write_back_begins(&self) {
+        self.state.lock().writing_back += 1;
+    }
+
+    /// Its reply has been written.
+    pub(super) fn write_back_ended(&self) {
+        self.state.lock().writing_back -= 1;
     }
 
     /// True when the kernel can have pages of this inode.
@@ -197,11 +217,11 @@ impl Traffic {
         state.left_behind -= 1;
     }
 
-    /// True when no READ of the gate's pages waits or runs.
-    pub(super) fn no_reads(&self, ticket: GateTicket) -> bool {
+    /// True when nobody here has work with the gate's pages for which a drop of them would wait.
+    pub(super) fn is_quiet(&self, ticket: GateTicket) -> bool {
         let mut state = self.state.lock();
         let pages = state.gate(ticket).pages;
-        !state.reads.iter().any(|r| r.pages.overlaps(pages))
+        state.writing_back == 0 && !state.reads.iter().any(|r| r.pages.overlaps(pages))
     }
 
     /// A demotion's page pass begins.
@@ -225,6 +245,7 @@ impl Traffic {
         let again = state.pass.take().unwrap_or_default();
         if again.is_empty() {
             state.cached.clear();
+            state.read_since_write.clear();
             state.written = false;
             return None;
         }
@@ -236,6 +257,7 @@ impl Traffic {
 impl State {
     fn note_cached(&mut self, pages: Pages) {
         self.cached.insert(pages);
+        self.read_since_write.insert(pages);
         if let Some(again) = &mut self.pass {
             again.insert(pages);
         }
@@ -258,11 +280,21 @@ pub(super) struct Errand {
 
 #[derive(Default)]
 struct ErrandState {
+    begun: bool,
     done: bool,
     left: bool,
 }
 
 impl Errand {
+    /// A thread is there for it.
+    pub(super) fn begins(&self) {
+        self.state.lock().begun = true;
+    }
+
+    pub(super) fn has_begun(&self) -> bool {
+        self.state.lock().begun
+    }
+
     /// The work is done; `left` runs when nobody waits for it any more.
     pub(super) fn done(&self, left: impl FnOnce()) {
         let mut state = self.state.lock();

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,6 +34,8 @@ struct Load {
     truncate: bool,
     names: bool,
     chaos: bool,
+    /// The kernel lets go of pages by itself, as it does when memory is short.
+    forget: bool,
 }
 
 impl From<&str> for Load {
@@ -46,6 +49,7 @@ impl From<&str> for Load {
             truncate: on("truncate"),
             names: on("names"),
             chaos: on("chaos"),
+            forget: on("forget"),
         }
     }
 }
@@ -198,6 +202,11 @@ impl Handles {
         })
     }
 
+    fn forget(&self) {
+        // SAFETY: a valid descriptor.
+        unsafe { libc::posix_fadvise(self.read.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    }
+
     fn word(&self, record: usize, word: usize) -> Option<*mut u64> {
         let map = self.map.as_ref()?;
         // SAFETY: the file has RECORDS whole records for as long as the test runs, and the map covers them.
@@ -260,6 +269,9 @@ fn records(s: &Shared, mount: usize, rng: &mut Rng) {
         let ways = ways(s.load, file);
         if ways.is_empty() {
             continue;
+        }
+        if s.load.forget && rng.below(8) == 0 {
+            handles[file].forget();
         }
         let record = rng.below(RECORDS as u64) as usize;
         let counter = &s.records[file][record];
@@ -667,6 +679,13 @@ fn two_mounts_agree_with_long_lifetimes() {
     if let Some(rig) = shared_rig(2) {
         rig.mounts.iter().for_each(|m| m.coherence().set_contended(Duration::ZERO));
         must_be_right(rig, "all", seconds(8), 2);
+    }
+}
+
+#[test]
+fn two_mounts_agree_when_the_kernel_lets_pages_go() {
+    if let Some(rig) = shared_rig(2) {
+        must_be_right(rig, "buffered mapped forget", seconds(3), 2);
     }
 }
 
