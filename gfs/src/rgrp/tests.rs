@@ -68,7 +68,9 @@ fn random_histories_agree_with_a_model_and_the_counters_with_the_bitmap() {
                     let res = rgrps.lock_for(&[extent.start]).unwrap();
                     let trans = vol.begin(TransSize::new(res.trans_blocks(0, len), len)).unwrap();
                     res.free_blocks(&trans, extent).unwrap();
-                    (first..first + u64::from(len)).for_each(|b| drop(model.remove(&b)));
+                    (first..first + u64::from(len)).for_each(|b| {
+                        model.remove(&b);
+                    });
                 }
                 (_, Some(block)) => {
                     let res = rgrps.lock_for(&[BlockNo(block)]).unwrap();
