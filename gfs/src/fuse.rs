@@ -5,6 +5,7 @@
 //! | `adapter` | fuser's trait; inline or on a waiting thread |
 //! | `access` | may a process open a file that its kernel does not know yet |
 //! | `data` | READ, WRITE, byte-range locks |
+//! | `listing` | READDIR, READDIRPLUS |
 //! | `coherence` | demotions against the kernel's caches; lifetimes |
 //! | `traffic` | order of READs and WRITEs on the same pages |
 //! | `second_look` | the path walk after an ESTALE finds what it may open |
@@ -18,6 +19,7 @@ mod adapter;
 mod coherence;
 mod convert;
 mod data;
+mod listing;
 mod node;
 mod notify;
 mod range;
@@ -33,7 +35,6 @@ use crate::{Error, Result};
 use adapter::{Adapter, Core};
 use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
 use notify::Notify;
-use second_look::SecondLooks;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -93,7 +94,7 @@ fn mount_adapter(
     let glocks = Arc::clone(fs.volume().glocks());
     let kernel = Arc::new(Coherence::new(glocks.is_clustered(), fs.root().addr));
     glocks.set_kernel_cache(Arc::clone(&kernel) as Arc<dyn crate::glock::KernelCache>);
-    let core = Arc::new(Core { fs, kernel, looks: SecondLooks::new() });
+    let core = Arc::new(Core::new(fs, kernel));
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::FSName(options.source.clone()),

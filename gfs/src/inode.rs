@@ -158,13 +158,14 @@ impl Inodes {
         }
     }
 
-    /// Takes out inodes that nobody uses and that hold no data worth keeping.
+    /// Takes out inodes that nobody uses and that hold no data worth keeping. One whose glock is held may be about to become known to the kernel.
     pub(crate) fn prune(&self, mut unused: impl FnMut(&Arc<Inode>) -> bool) {
         self.table.write().retain(|_, inode| {
             let uses = inode.uses.lock();
             let keep = uses.lookups > 0
                 || uses.opens > 0
                 || Arc::strong_count(inode) > 2
+                || !inode.glock.is_idle()
                 || inode.pages.has_dirty()
                 || !unused(inode);
             drop(uses);

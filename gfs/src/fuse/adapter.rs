@@ -2,7 +2,7 @@
 
 use super::access::Opener;
 use super::coherence::Coherence;
-use super::convert::{disk_time, file_type, generation, new_node, set_time};
+use super::convert::{disk_time, generation, new_node, no_attr, set_time};
 use super::data::Handle;
 use super::node::Node;
 use super::second_look::SecondLooks;
@@ -11,10 +11,10 @@ use crate::ops::{
     Attr, Caller, Existing, Fallocate, Fs, Held, OpenMode, RenameMode, Seek, SetAttr, SyncKind,
 };
 use crate::workers::Workers;
-use crate::{BlockNo, Error, Result};
+use crate::{BlockNo, Error, InodeNo, Result};
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
     TimeOrNow, WriteFlags,
 };
@@ -28,8 +28,6 @@ use std::time::SystemTime;
 const MAX_BLOCKED: usize = 16_384;
 /// Threads for the write-back of mapped pages, for which demotions wait: never used for anything else.
 const MAX_WRITE_BACK: usize = 256;
-/// Names of one READDIR reply at most (the kernel asks again).
-const MAX_NAMES: usize = 1024;
 /// One READ or WRITE.
 const MAX_TRANSFER: u32 = 1 << 20;
 
@@ -38,6 +36,8 @@ pub(super) struct Core {
     pub(super) fs: Arc<Fs>,
     pub(super) kernel: Arc<Coherence>,
     pub(super) looks: SecondLooks,
+    #[cfg(test)]
+    pub(super) probe: super::tests::Probe,
 }
 
 pub(super) struct Adapter {
@@ -114,7 +114,7 @@ impl Adapter {
     ) {
         self.serve(reply, op, move |core, reply, result| match result {
             Ok(held) => {
-                let (node, _) = core.remember(&held.value);
+                let (node, _) = core.remember(held.value.ino);
                 let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
                 let names = core.kernel.name_ttl(&core.kernel.nodes.get(dir));
                 let attr = core.kernel.file_attr(&held.value, true);
@@ -127,10 +127,20 @@ impl Adapter {
 }
 
 impl Core {
+    pub(super) fn new(fs: Arc<Fs>, kernel: Arc<Coherence>) -> Self {
+        Self {
+            fs,
+            kernel,
+            looks: SecondLooks::new(),
+            #[cfg(test)]
+            probe: super::tests::Probe::default(),
+        }
+    }
+
     /// The kernel is about to be told of the inode.
-    fn remember(&self, attr: &Attr) -> (Arc<Node>, bool) {
-        self.fs.remember(attr.ino.addr);
-        self.kernel.nodes.remember(attr.ino)
+    pub(super) fn remember(&self, ino: InodeNo) -> (Arc<Node>, bool) {
+        self.fs.remember(ino.addr);
+        self.kernel.nodes.remember(ino)
     }
 
     /// Handle flags, and their effect on the rules of caching. Among nodes only.
@@ -176,12 +186,13 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_EXPLICIT_INVAL_DATA
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2;
-        if self.core.kernel.is_clustered() {
+        wanted |= if self.core.kernel.is_clustered() {
             // Alone, the kernel keeps all file locks itself, and knows flock from fcntl.
-            wanted |= InitFlags::FUSE_POSIX_LOCKS
-                | InitFlags::FUSE_FLOCK_LOCKS
-                | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
-        }
+            InitFlags::FUSE_POSIX_LOCKS | InitFlags::FUSE_FLOCK_LOCKS | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
+        } else {
+            // Among nodes a listing's attributes cannot be kept true: see `listing`.
+            InitFlags::FUSE_DO_READDIRPLUS | InitFlags::FUSE_READDIRPLUS_AUTO
+        };
         for flag in wanted.iter() {
             if let Err(missing) = config.add_capabilities(flag) {
                 tracing::debug!(?missing, "not offered by this kernel");
@@ -200,6 +211,8 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        #[cfg(test)]
+        self.core.probe.asked.single.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let (dir, name, thread) = (self.ino(parent), owned(name), req.pid());
         self.serve(
             reply,
@@ -208,7 +221,7 @@ impl Filesystem for Adapter {
                 Ok(held) => {
                     let names = core.kernel.name_ttl(&core.kernel.nodes.get(dir));
                     if let Some(attr) = &held.value {
-                        let (node, first) = core.remember(attr);
+                        let (node, first) = core.remember(attr.ino);
                         let ttl = core.kernel.entry_attr_ttl(&node, attr, first);
                         reply.entry_with_ttls(
                             &ttl,
@@ -230,9 +243,13 @@ impl Filesystem for Adapter {
         let ino = self.ino(ino);
         self.core.kernel.nodes.forget(ino, nlookup);
         self.core.fs.forget(ino, nlookup);
+        #[cfg(test)]
+        self.core.probe.asked.forgets.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        #[cfg(test)]
+        self.core.probe.asked.single.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let ino = self.ino(ino);
         self.serve(
             reply,
@@ -424,7 +441,7 @@ impl Filesystem for Adapter {
                 core.opened(thread, &result);
                 match result {
                     Ok(held) => {
-                        let (node, _) = core.remember(&held.value);
+                        let (node, _) = core.remember(held.value.ino);
                         if core.kernel.is_clustered() && handle.writer {
                             // Its glock is held in EX here.
                             core.count_writer(held.value.ino.addr);
@@ -528,35 +545,20 @@ impl Filesystem for Adapter {
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
-        let ino = self.ino(ino);
-        self.serve(
-            reply,
-            move |core| {
-                let mut names: Vec<(u64, u64, u32, Vec<u8>)> = Vec::new();
-                let held = core.fs.readdir(ino, offset, |entry| {
-                    names.push((
-                        entry.ino.addr.0,
-                        entry.next,
-                        u32::from(entry.ty) << 12,
-                        entry.name.to_vec(),
-                    ));
-                    names.len() < MAX_NAMES
-                })?;
-                Ok((held, names))
-            },
-            |_, mut reply, result| match result {
-                Ok((held, names)) => {
-                    for (ino, next, mode, name) in names {
-                        if reply.add(INodeNo(ino), next, file_type(mode), OsStr::from_bytes(&name)) {
-                            break;
-                        }
-                    }
-                    reply.ok();
-                    drop(held);
-                }
-                Err(e) => reply.error(errno(&e)),
-            },
-        );
+        self.serve_readdir(self.ino(ino), offset, reply);
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        reply: ReplyDirectoryPlus,
+    ) {
+        #[cfg(test)]
+        self.core.probe.asked.listings.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.serve_readdirplus(self.ino(ino), offset, reply);
     }
 
     fn releasedir(
@@ -745,26 +747,5 @@ fn xattr(reply: ReplyXattr, size: u32, result: Result<Held<Vec<u8>>>) {
             drop(held);
         }
         Err(e) => reply.error(errno(&e)),
-    }
-}
-
-/// Node id 0: "no such name", with a lifetime.
-fn no_attr() -> FileAttr {
-    FileAttr {
-        ino: INodeNo(0),
-        size: 0,
-        blocks: 0,
-        atime: SystemTime::UNIX_EPOCH,
-        mtime: SystemTime::UNIX_EPOCH,
-        ctime: SystemTime::UNIX_EPOCH,
-        crtime: SystemTime::UNIX_EPOCH,
-        kind: file_type(crate::ondisk::dinode::S_IFREG),
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 0,
-        flags: 0,
     }
 }

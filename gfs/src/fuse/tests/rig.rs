@@ -72,6 +72,21 @@ impl Rig {
         self.path(0)
     }
 
+    /// The same with nothing cached, here or in the kernel.
+    pub(super) fn remount_alone(&mut self) -> PathBuf {
+        self.unmount();
+        self.mount_alone()
+    }
+
+    fn unmount(&mut self) {
+        for mounted in std::mem::take(&mut self.mounts) {
+            let dir = mounted.dir().to_owned();
+            let fs = mounted.unmount().unwrap();
+            fs.stop().unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+            fs.volume().unmount().unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+        }
+    }
+
     pub(super) fn mount_shared(&mut self, n: usize) {
         self.mount_shared_with(n, |a| a);
     }
@@ -89,12 +104,7 @@ impl Rig {
 
     /// Unmounts everything and has the volume checked by the reference where it is installed.
     pub(super) fn end(mut self) {
-        for mounted in std::mem::take(&mut self.mounts) {
-            let dir = mounted.dir().to_owned();
-            let fs = mounted.unmount().unwrap();
-            fs.stop().unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-            fs.volume().unmount().unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-        }
+        self.unmount();
         let Ok(out) = Command::new("fsck.gfs2").arg("-n").arg(&self.image).output() else { return };
         let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
         // Findings without the report of progress: a long message is cut off where it is needed most.

@@ -489,7 +489,7 @@ fn chaos(s: &Shared, mount: usize, rng: &mut Rng) {
             3 => fs::rename(&a, &b),
             4 => fs::hard_link(&a, &b),
             5 => fs::write(&a, vec![1; rng.below(9000) as usize]),
-            6 => fs::read_dir(&a).map(|list| list.for_each(drop)),
+            6 => fs::read_dir(&a).map(|list| list.for_each(|e| drop(e.and_then(|e| e.metadata())))),
             7 => std::os::unix::fs::symlink("nowhere", &a),
             _ => fs::symlink_metadata(&a).map(drop),
         };
@@ -512,13 +512,13 @@ fn chaos(s: &Shared, mount: usize, rng: &mut Rng) {
     }
 }
 
-fn seed() -> u64 {
+pub(super) fn seed() -> u64 {
     std::env::var("CAIRN_STRESS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64)
     })
 }
 
-fn seconds(default: u64) -> Duration {
+pub(super) fn seconds(default: u64) -> Duration {
     let scale = std::env::var("CAIRN_STRESS_SECONDS").ok().and_then(|s| s.parse().ok());
     Duration::from_secs(scale.unwrap_or(default))
 }
@@ -647,7 +647,7 @@ fn run(rig: &Rig, load: &str, time: Duration, threads: usize, until_wrong: bool)
     wrong
 }
 
-fn must_be_right(rig: Rig, load: &str, time: Duration, threads: usize) {
+pub(super) fn must_be_right(rig: Rig, load: &str, time: Duration, threads: usize) {
     let wrong = run(&rig, load, time, threads, false);
     let stats: Vec<_> = rig.mounts.iter().map(|m| format!("{:?}", m.coherence().stats)).collect();
     assert!(wrong.is_empty(), "{} wrong:\n{}\n{}", wrong.len(), wrong.join("\n"), stats.join("\n"));
@@ -658,7 +658,7 @@ fn must_be_right(rig: Rig, load: &str, time: Duration, threads: usize) {
     rig.end();
 }
 
-fn shared_rig(mounts: u32) -> Option<Rig> {
+pub(super) fn shared_rig(mounts: u32) -> Option<Rig> {
     can_mount().then(|| {
         let mut rig = Rig::new(mounts, 512);
         rig.mount_shared(mounts as usize);
@@ -670,6 +670,15 @@ fn shared_rig(mounts: u32) -> Option<Rig> {
 fn two_mounts_agree_under_every_load() {
     if let Some(rig) = shared_rig(2) {
         must_be_right(rig, "all", seconds(8), 2);
+    }
+}
+
+#[test]
+fn a_lone_mount_agrees() {
+    if can_mount() {
+        let mut rig = Rig::new(1, 512);
+        rig.mount_alone();
+        must_be_right(rig, "append truncate names chaos", seconds(2), 2);
     }
 }
 
