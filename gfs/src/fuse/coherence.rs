@@ -42,10 +42,12 @@ const SETTLED: Duration = Duration::from_millis(100);
 /// A buffered WRITE whose own page keeps the drop of its pages waiting goes on after so many ticks of quiet: that page is not up to date, nothing
 /// is lost. Such a page was not read either since it was last dropped, so this is rare (a direct READ that looked like one of pages, a page that the
 /// kernel let go by itself). A drop that is merely slow must not be taken for it, or the WRITE ends beside an old page: so a thread is at it, no READ
-/// and no write-back is waited for, and this thread was woken in time at each tick, as everybody is whom a busy processor keeps from unlocking a page.
+/// and no write-back is waited for, and this thread was woken in time at each tick, as everybody is whom a busy processor keeps from unlocking a page
+/// (on a processor that stays busy: for [`OWN_PAGE_BUSY`]).
 /// The drop is then left behind, and removes pages some time later, when the next WRITE may have filled them: that one is ordered as well.
 const OWN_PAGE: u32 = 20;
 const TICK: Duration = Duration::from_millis(5);
+const OWN_PAGE_BUSY: Duration = Duration::from_secs(1);
 /// How long the reply that creates an inode may take from our write to the kernel's table (it takes microseconds).
 const REPLY_LIMIT: Duration = Duration::from_secs(1);
 
@@ -344,14 +346,19 @@ impl Coherence {
             }
             its.done(|| of_node.traffic.left_drop_ended());
         });
-        let mut quiet = 0;
-        while quiet < OWN_PAGE {
+        let (mut quiet, mut since) = (0, Instant::now());
+        while quiet < OWN_PAGE && since.elapsed() < OWN_PAGE_BUSY {
             let asleep = Instant::now();
             if errand.wait(TICK) {
                 return true;
             }
-            let in_time = asleep.elapsed() < 2 * TICK;
-            quiet = if in_time && errand.has_begun() && node.traffic.is_quiet(gate) { quiet + 1 } else { 0 };
+            if !errand.has_begun() || !node.traffic.is_quiet(gate) {
+                (quiet, since) = (0, Instant::now());
+            } else if asleep.elapsed() < 2 * TICK {
+                quiet += 1;
+            } else {
+                quiet = 0;
+            }
         }
         self.stats.own_page.fetch_add(1, Ordering::Relaxed);
         errand.leave(|| node.traffic.drop_left_behind())

@@ -38,23 +38,47 @@ impl Pair {
 
     /// Asks until the kernel asks us no more.
     fn settle(&self) {
-        let asked = || self.rig.mounts[0].coherence().stats.attributes.load(Relaxed);
-        let deadline = Instant::now() + Duration::from_secs(20);
-        loop {
-            let before = asked();
-            self.seen();
-            if asked() == before {
-                return;
-            }
-            assert!(Instant::now() < deadline, "the kernel was never given attributes to keep");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        settle(&self.rig, || assert_eq!(self.seen(), self.size));
     }
 
     fn grow_there(&mut self) {
         OpenOptions::new().append(true).open(&self.there).unwrap().write_all(b"2").unwrap();
         self.size += 1;
     }
+}
+
+/// Repeats what `looks` at the first mount until the kernel answers all of it.
+fn settle(rig: &Rig, looks: impl Fn()) {
+    let asked = || rig.mounts[0].coherence().stats.attributes.load(Relaxed);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let before = asked();
+        looks();
+        if asked() == before {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the kernel was never given attributes to keep");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// With the protocol's own idea of what is contended.
+#[test]
+fn attributes_of_files_that_nobody_else_uses_are_kept() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = Rig::new(2, 128);
+    rig.mount_shared(2);
+    let dir = rig.path(0).join("own");
+    fs::create_dir(&dir).unwrap();
+    for n in 0..50 {
+        fs::write(dir.join(n.to_string()), b"x").unwrap();
+    }
+    settle(&rig, || {
+        (0..50).for_each(|n| assert_eq!(fs::metadata(dir.join(n.to_string())).unwrap().size(), 1))
+    });
+    rig.end();
 }
 
 #[test]
