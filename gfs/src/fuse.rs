@@ -112,7 +112,10 @@ fn mount_adapter(
     config.clone_fd = true;
     let failed = |e: std::io::Error| Error::Mount(mount_failure(dir, &e));
     let session = Session::new(adjust(Adapter::new(Arc::clone(&core))), dir, &config).map_err(failed)?;
-    core.kernel.connect(Notify::new(session.as_fd().try_clone_to_owned().map_err(failed)?));
+    let notify = Notify::new(session.as_fd().try_clone_to_owned().map_err(failed)?);
+    #[cfg(test)]
+    let notify = notify.slowed(Arc::clone(&core.probe.passes));
+    core.kernel.connect(notify);
     let session = session.spawn().map_err(failed)?;
     let mounted = Mounted { session, core, dir: dir.to_owned() };
     mounted.set_read_ahead(options.read_ahead_kb);

@@ -67,11 +67,13 @@ impl Adapter {
         op: impl Fn(&Core) -> Result<T> + Send + 'static,
         answer: impl FnOnce(&Arc<Core>, R, Result<T>) + Send + 'static,
     ) {
-        match nowait(|| op(&self.core)) {
+        let tried = if self.core.is_slow() { Err(Error::WouldBlock) } else { nowait(|| op(&self.core)) };
+        match tried {
             Err(Error::WouldBlock) => {
                 let core = Arc::clone(&self.core);
                 self.blocked.run(move || {
                     let result = op(&core);
+                    core.before_slow_reply();
                     answer(&core, reply, result);
                 });
             }
@@ -136,6 +138,27 @@ impl Core {
             probe: super::tests::Probe::default(),
         }
     }
+
+    /// Tests let some replies take a thread of their own, and their time.
+    #[cfg(test)]
+    pub(super) fn is_slow(&self) -> bool {
+        self.probe.replies.chooses()
+    }
+
+    #[cfg(not(test))]
+    #[expect(clippy::unused_self, reason = "tests slow replies down")]
+    pub(super) const fn is_slow(&self) -> bool {
+        false
+    }
+
+    #[cfg(test)]
+    pub(super) fn before_slow_reply(&self) {
+        self.probe.replies.pause();
+    }
+
+    #[cfg(not(test))]
+    #[expect(clippy::unused_self, reason = "tests slow replies down")]
+    pub(super) const fn before_slow_reply(&self) {}
 
     /// The kernel is about to be told of the inode.
     pub(super) fn remember(&self, ino: InodeNo) -> (Arc<Node>, bool) {

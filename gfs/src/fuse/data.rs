@@ -326,6 +326,7 @@ impl Adapter {
                 let pool = if mapped { &self.write_back } else { &self.blocked };
                 pool.run(move || {
                     let result = core.write(w, &data);
+                    core.before_slow_reply();
                     core.answer_write(w, data.len(), written_back, reply, result);
                 });
             }

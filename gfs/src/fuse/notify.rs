@@ -14,6 +14,8 @@ const HEADER: usize = 16;
 /// The kernel's end of one mount.
 pub(super) struct Notify {
     device: File,
+    #[cfg(test)]
+    passes: std::sync::Arc<super::tests::Slow>,
 }
 
 /// What the kernel knew of an inode.
@@ -29,7 +31,17 @@ pub(super) enum Known {
 impl Notify {
     /// `device`: a duplicate of the mount's descriptor.
     pub(super) fn new(device: OwnedFd) -> Self {
-        Self { device: File::from(device) }
+        Self {
+            device: File::from(device),
+            #[cfg(test)]
+            passes: std::sync::Arc::default(),
+        }
+    }
+
+    /// Page passes take the time that `passes` says.
+    #[cfg(test)]
+    pub(super) fn slowed(self, passes: std::sync::Arc<super::tests::Slow>) -> Self {
+        Self { passes, ..self }
     }
 
     fn send(&self, code: i32, payload: &[u8]) -> io::Result<()> {
@@ -67,6 +79,8 @@ impl Notify {
 
     /// Pages from byte `offset` on, `len` bytes or (0) to the end, and the attributes. Waits for pages that are being read or written back.
     pub(super) fn pages(&self, node: u64, offset: u64, len: u64) -> Known {
+        #[cfg(test)]
+        self.passes.pause();
         self.inval(node, offset.min(i64::MAX as u64) as i64, len.min(i64::MAX as u64) as i64)
     }
 

@@ -2,12 +2,16 @@
 
 mod lifetimes;
 mod listing;
+mod probes;
 mod rig;
 mod smoke;
 mod stress;
 
 use super::coherence::Part;
+use cairn_base::Rng;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Parts of the protocol switched off, to see that the checks notice.
 #[derive(Default)]
@@ -23,10 +27,14 @@ impl Sabotage {
     }
 }
 
-/// What tests see of the requests of one mount.
+/// What tests see of the requests of one mount, and slow down.
 #[derive(Default)]
 pub(super) struct Probe {
     pub(super) asked: Asked,
+    /// Replies, before they are written.
+    pub(super) replies: Slow,
+    /// Notifications that drop pages, before they are sent.
+    pub(super) passes: Arc<Slow>,
 }
 
 /// Requests that arrived.
@@ -38,4 +46,39 @@ pub(super) struct Asked {
     pub(super) listings: AtomicU64,
     /// FORGET, when it is done.
     pub(super) forgets: AtomicU64,
+}
+
+/// Random waits; none until [`Slow::set`].
+#[derive(Default)]
+pub(super) struct Slow {
+    one_in: AtomicU64,
+    least_micros: AtomicU64,
+    most_micros: AtomicU64,
+    draws: AtomicU64,
+}
+
+impl Slow {
+    /// One of `one_in`, from `least` to `most`.
+    fn set(&self, one_in: u64, least: Duration, most: Duration) {
+        self.least_micros.store(least.as_micros() as u64, Ordering::Relaxed);
+        self.most_micros.store(most.as_micros() as u64, Ordering::Relaxed);
+        self.one_in.store(one_in, Ordering::SeqCst);
+    }
+
+    fn below(&self, n: u64) -> u64 {
+        Rng::new(self.draws.fetch_add(1, Ordering::Relaxed)).below(n)
+    }
+
+    pub(super) fn chooses(&self) -> bool {
+        let one_in = self.one_in.load(Ordering::Relaxed);
+        one_in > 0 && self.below(one_in) == 0
+    }
+
+    pub(super) fn pause(&self) {
+        if self.one_in.load(Ordering::Relaxed) > 0 {
+            let (least, most) =
+                (self.least_micros.load(Ordering::Relaxed), self.most_micros.load(Ordering::Relaxed));
+            std::thread::sleep(Duration::from_micros(least + self.below(most - least + 1)));
+        }
+    }
 }
