@@ -21,7 +21,7 @@ use clap::Parser;
 use lun::{Lun, OpenOptions, Share};
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -180,7 +180,7 @@ fn lock_words(device: &str) -> Result<(String, String)> {
     about = "Mount a GFS2 volume",
     version,
     after_help = "DEVICE is a block device, a file, file:/path, or one of these with #part=N for a GPT partition.\n\
-        Options: lockproto=lock_nolock|lock_dlm, locktable=CLUSTER:FS, ro, spectator, noatime, commit=SECONDS,\n  \
+        Options: lockproto=lock_nolock|lock_dlm, locktable=CLUSTER:FS, ro, spectator, noatime, relatime, commit=SECONDS,\n  \
         cache=SIZE, journal=N, read_ahead_kb=N, allow_other, nodev, nosuid, noexec, run_dir=DIR, debug, foreground.\n\
         Exit codes: 0 mounted; 1 wrong usage or missing permission; 2 no /dev/fuse; 32 the volume cannot be mounted;\n  \
         33 (with --foreground) ended by its node.\n\
@@ -392,15 +392,22 @@ fn start_log(options: &Options, lock_table: &str, is_clustered: bool) {
             return;
         }
     }
-    let default = if options.debug { "debug" } else { "info" };
+    let file =
+        if options.foreground { None } else { File::options().append(true).create(true).open(path).ok() };
+    let default = match &file {
+        _ if options.debug => "debug",
+        // A command that works says nothing.
+        None if !options.foreground => "warn",
+        _ => "info",
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("CAIRN_LOG").unwrap_or_else(|_| default.into());
     let builder = tracing_subscriber::fmt().with_env_filter(filter);
-    let file = File::options().append(true).create(true).open(path);
     let _ = match file {
-        Ok(file) if !options.foreground => {
-            builder.with_ansi(false).with_writer(std::sync::Mutex::new(file)).try_init()
+        Some(file) => builder.with_ansi(false).with_writer(std::sync::Mutex::new(file)).try_init(),
+        None => {
+            let is_terminal = std::io::stderr().is_terminal();
+            builder.with_ansi(is_terminal).with_writer(std::io::stderr).try_init()
         }
-        _ => builder.with_writer(std::io::stderr).try_init(),
     };
 }
 
