@@ -20,10 +20,12 @@ use crate::{Error, JournalId, Result};
 use clap::Parser;
 use lun::{Lun, OpenOptions, Share};
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::{Read, Write};
+use std::fs::{DirBuilder, File};
+use std::io::{IsTerminal, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 pub use cairn_base::exit::OK as EXIT_OK;
@@ -180,7 +182,7 @@ fn lock_words(device: &str) -> Result<(String, String)> {
     about = "Mount a GFS2 volume",
     version,
     after_help = "DEVICE is a block device, a file, file:/path, or one of these with #part=N for a GPT partition.\n\
-        Options: lockproto=lock_nolock|lock_dlm, locktable=CLUSTER:FS, ro, spectator, noatime, commit=SECONDS,\n  \
+        Options: lockproto=lock_nolock|lock_dlm, locktable=CLUSTER:FS, ro, spectator, noatime, relatime, commit=SECONDS,\n  \
         cache=SIZE, journal=N, read_ahead_kb=N, allow_other, nodev, nosuid, noexec, run_dir=DIR, debug, foreground.\n\
         Exit codes: 0 mounted; 1 wrong usage or missing permission; 2 no /dev/fuse; 32 the volume cannot be mounted;\n  \
         33 (with --foreground) ended by its node.\n\
@@ -392,16 +394,47 @@ fn start_log(options: &Options, lock_table: &str, is_clustered: bool) {
             return;
         }
     }
-    let default = if options.debug { "debug" } else { "info" };
+    let default = match options.foreground {
+        _ if options.debug => "debug",
+        true => "info",
+        // A command that works says nothing.
+        false => "warn",
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("CAIRN_LOG").unwrap_or_else(|_| default.into());
     let builder = tracing_subscriber::fmt().with_env_filter(filter);
-    let file = File::options().append(true).create(true).open(path);
-    let _ = match file {
-        Ok(file) if !options.foreground => {
-            builder.with_ansi(false).with_writer(std::sync::Mutex::new(file)).try_init()
-        }
-        _ => builder.with_writer(std::io::stderr).try_init(),
+    let _ = if options.foreground {
+        builder.with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).try_init()
+    } else {
+        builder.with_ansi(false).with_writer(Mutex::new(LateLog { path, file: None })).try_init()
     };
+}
+
+/// The caller's terminal has been let go.
+static IS_QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Log of a mount without a cluster: the caller's terminal, later a file that is made when there is something to tell.
+struct LateLog {
+    path: PathBuf,
+    file: Option<File>,
+}
+
+impl Write for LateLog {
+    fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
+        if !IS_QUIET.load(Ordering::Relaxed) {
+            return std::io::stderr().write(text);
+        }
+        if self.file.is_none() {
+            if let Some(dir) = self.path.parent() {
+                DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+            }
+            self.file = Some(File::options().append(true).create(true).open(&self.path)?);
+        }
+        self.file.as_mut().map_or(Ok(text.len()), |f| f.write(text))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Runs `work` in a process of its own, and returns when it has said that it is ready, or has failed.
@@ -454,6 +487,7 @@ fn in_background(device: &str, work: impl FnOnce(Box<dyn FnOnce()>) -> Result<()
 
 /// Lets the caller's terminal go.
 fn quiet() {
+    IS_QUIET.store(true, Ordering::Relaxed);
     if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
         let _ = nix::unistd::dup2_stdin(&null);
         let _ = nix::unistd::dup2_stdout(&null);

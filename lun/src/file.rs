@@ -5,13 +5,14 @@
 //! includes the device's cache flush.
 
 use crate::aligned::{AlignedBuf, is_aligned};
+use crate::loops;
 use crate::pool::{self, Failed};
 use crate::uring::Uring;
 use crate::{BlockDevice, LunError, Read, Result, Write, check_range};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Who else may have the LUN open on this host. A lock is advisory, covers the part that was opened, and
@@ -86,6 +87,8 @@ impl OpenOptions {
 pub(crate) struct FileLun {
     name: String,
     file: File,
+    /// Of a loop device: its backing file, and where the device begins there. Locked along.
+    backing: Option<(File, u64)>,
     size: u64,
     sector: u32,
     direct: bool,
@@ -105,7 +108,14 @@ impl FileLun {
         }
         // O_EXCL on a block device: nobody in the kernel (a mount, a RAID, a partition's mount) may have it. Not for a partition by
         // number: its neighbours may be in use.
-        let claim = block_device && options.share == Share::Exclusive && !name.contains("#part=");
+        let alone = options.share == Share::Exclusive && !name.contains("#part=");
+        let claim = block_device && alone;
+        if !block_device && alone && loops::claimed_over(&meta).is_some() {
+            return Err(LunError::InUse {
+                name: name.to_owned(),
+                held: "the kernel has it through a loop device",
+            });
+        }
         let open = |direct: bool| {
             std::fs::OpenOptions::new()
                 .read(true)
@@ -149,11 +159,35 @@ impl FileLun {
             (file, direct)
         };
         let uring = engine(options.engine).map_err(open_error)?;
-        Ok(Self { name: name.to_owned(), file, size, sector, direct, read_only: options.read_only, uring })
+        let backing = (block_device && options.share != Share::Any)
+            .then(|| loops::backing(meta.rdev()))
+            .flatten()
+            .and_then(|(path, at)| {
+                // One that we may not open, or that has no name any more, cannot be locked.
+                let file = std::fs::OpenOptions::new().read(true).write(!options.read_only).open(path);
+                Some((file.ok()?, at))
+            });
+        Ok(Self {
+            name: name.to_owned(),
+            file,
+            backing,
+            size,
+            sector,
+            direct,
+            read_only: options.read_only,
+            uring,
+        })
     }
 
     /// Locks a byte range against other opens on this host; the lock ends with this handle.
     pub(crate) fn lock(&self, share: Share, start: u64, len: u64) -> Result<()> {
+        if let Some((file, at)) = &self.backing {
+            self.lock_in(file, share, at + start, len)?;
+        }
+        self.lock_in(&self.file, share, start, len)
+    }
+
+    fn lock_in(&self, file: &File, share: Share, start: u64, len: u64) -> Result<()> {
         let kind = match share {
             Share::Any => return Ok(()),
             Share::Shared => libc::F_RDLCK,
@@ -171,7 +205,7 @@ impl FileLun {
             // A handle that cannot write cannot lock against readers; it can ask whether there are any.
             let mut other = lock;
             // SAFETY: the descriptor is ours and open; the kernel fills the structure.
-            if unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut other) } != 0 {
+            if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut other) } != 0 {
                 return Err(LunError::Open { name: self.name.clone(), source: io::Error::last_os_error() });
             }
             if libc::c_int::from(other.l_type) != libc::F_UNLCK {
@@ -180,7 +214,7 @@ impl FileLun {
             lock = range_lock(libc::F_RDLCK, start, len);
         }
         // SAFETY: the descriptor is ours and open; the kernel only reads the structure.
-        if unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
+        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
             return Ok(());
         }
         let e = io::Error::last_os_error();

@@ -21,6 +21,7 @@ mod file;
 pub mod guard;
 pub mod image;
 pub mod logged;
+mod loops;
 pub mod mem;
 pub mod part;
 mod pool;

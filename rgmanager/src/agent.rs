@@ -153,12 +153,20 @@ fn mount_of(r: &Resource) -> Result<(&str, &Path), String> {
     Ok((device, Path::new(at)))
 }
 
-/// Is something mounted exactly here? (/proc/self/mountinfo, field 5, with its octal escapes.)
+/// Is something mounted exactly here?
 pub fn is_mounted(at: &Path) -> bool {
+    mounted_device(at).is_some()
+}
+
+/// Device number (`major:minor`) of what is mounted exactly here, on top of the rest. (/proc/self/mountinfo, fields 3 and 5, the path with
+/// its octal escapes.)
+pub fn mounted_device(at: &Path) -> Option<String> {
     let want = at.to_string_lossy().replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011");
     let want = if want.len() > 1 { want.trim_end_matches('/') } else { &want };
-    std::fs::read_to_string("/proc/self/mountinfo")
-        .is_ok_and(|t| t.lines().any(|l| l.split(' ').nth(4) == Some(want)))
+    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let fields = table.lines().map(|l| l.split(' ').collect::<Vec<_>>());
+    let found = fields.filter(|f| f.get(4) == Some(&want)).last()?;
+    Some((*found.get(2)?).to_owned())
 }
 
 /// IPv4 address on the interface that already has one of the same subnet.

@@ -3,6 +3,7 @@
 
 mod cluster;
 mod config;
+mod demo;
 mod mounts;
 mod qdisk;
 mod unprivileged;
@@ -151,7 +152,9 @@ struct Mount {
 impl Mount {
     fn new(device: &Path, at: &Path) -> Self {
         fs::create_dir_all(at).expect("mount point");
-        say(&["mount.gfs", "-o", "lockproto=lock_nolock", text(device), text(at)]).worked();
+        let said = say(&["mount.gfs", "-o", "lockproto=lock_nolock", text(device), text(at)]);
+        said.worked();
+        assert_eq!((said.out.as_str(), said.err.as_str()), ("", ""), "a mount that works says nothing");
         Self { at: at.to_owned() }
     }
 

@@ -183,6 +183,45 @@ fn a_block_device_that_the_kernel_uses_is_refused() {
     Mount::new(Path::new(d), &at).end(Path::new(d));
 }
 
+/// The blocks of a loop device have two names; what is in use under one is refused under the other.
+#[test]
+fn a_loop_device_and_its_image_are_one_device() {
+    use std::os::unix::fs::OpenOptionsExt;
+    if !can_mount() {
+        return;
+    }
+    let dir = scratch();
+    let image = volume(dir.path(), "image");
+    let Some(device) = Loop::new(&image) else {
+        eprintln!("skipped: no loop device");
+        return;
+    };
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    fs::create_dir(&second).unwrap();
+    let refused = |name: &str| {
+        untouched(&image, || {
+            say(&["mkfs.gfs", "-q", "-O", "-p", "lock_nolock", name])
+                .refused(exit::FAILED, &[name, "in use on this host"]);
+            let mount: Vec<&str> = NOLOCK.iter().chain(&[name, text(&second)]).copied().collect();
+            say(&mount).refused(exit::mount::FAILED, &[name, "in use on this host"]);
+        });
+    };
+    for [used, other] in [[device.0.as_str(), text(&image)], [text(&image), device.0.as_str()]] {
+        let m = Mount::new(Path::new(used), &first);
+        refused(other);
+        m.end(Path::new(used));
+        // as a mount of a cluster does
+        let held = lun::open(used, &lun::OpenOptions::default().share(lun::Share::Shared)).unwrap();
+        refused(other);
+        drop(held);
+    }
+    // by a file system of the kernel
+    let claim = File::options().read(true).custom_flags(libc::O_EXCL).open(&device.0).unwrap();
+    refused(text(&image));
+    drop(claim);
+    Mount::new(&image, &first).end(&image);
+}
+
 #[test]
 fn without_dev_fuse_nothing_is_touched() {
     if !can_mount() {

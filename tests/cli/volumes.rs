@@ -206,3 +206,31 @@ fn the_root_directory_belongs_to_whom_mkfs_was_told() {
     assert_eq!((about.uid(), about.gid()), (12, 34));
     m.end(&device);
 }
+
+/// A damaged file answers EIO, the log of the mount names the block, and everything else is readable.
+#[test]
+fn damage_is_told_with_its_block_and_stays_where_it_is() {
+    use std::os::unix::fs::MetadataExt;
+    if !can_mount() {
+        return;
+    }
+    let dir = scratch();
+    let device = volume(dir.path(), "volume");
+    let (at, run_dir) = (dir.path().join("mnt"), dir.path().join("run"));
+    let m = Mount::new(&device, &at);
+    for name in ["bad", "good"] {
+        std::fs::write(at.join(name), name).unwrap();
+    }
+    let block = std::fs::metadata(at.join("bad")).unwrap().ino();
+    m.end(&device);
+    put(&device, block * 4096, b"xxxx");
+    let options = format!("lockproto=lock_nolock,run_dir={}", text(&run_dir));
+    say(&["mount.gfs", "-o", &options, text(&device), text(&at)]).worked();
+    let m = Mount { at: at.clone() };
+    assert!(!run_dir.exists(), "there is nothing to tell");
+    assert_eq!(std::fs::read(at.join("bad")).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert_eq!(std::fs::read(at.join("good")).unwrap(), b"good");
+    let log = std::fs::read_to_string(run_dir.join("log/mount-vol.log")).unwrap();
+    assert!(log.lines().any(|l| l.contains("ERROR") && l.contains(&format!("block {block}"))), "{log}");
+    m.end(&device);
+}

@@ -10,6 +10,7 @@
 pub(crate) mod cli;
 mod create;
 
+use crate::interrupt;
 use membership::alive::{self, marked};
 use membership::client::Client;
 use membership::ipc::{ClientKind, Command as NodeCommand, IpcError, StatusReport};
@@ -87,7 +88,8 @@ impl Cluster {
             path.display()
         ))?;
         let layout = serde_json::from_str(&text).doing(path.display())?;
-        Ok(Self { dir: dir.to_owned(), layout })
+        // The kernel's list of mounts and the marks of processes have the whole path.
+        Ok(Self { dir: dir.canonicalize().doing(dir.display())?, layout })
     }
 
     pub(crate) fn run_dir(&self, node: &str) -> PathBuf {
@@ -162,13 +164,18 @@ impl Cluster {
                     tail(&run_dir.join("log/cairnd.log"))
                 ));
             }
-            if start.elapsed() > limit {
-                return fail(format!(
-                    "cairnd of {node} does not answer after {limit:?}; see {}",
-                    run_dir.join("log").display()
-                ));
+            let waited = if start.elapsed() > limit {
+                let log = run_dir.join("log");
+                fail(format!("cairnd of {node} does not answer after {limit:?}; see {}", log.display()))
+            } else {
+                interrupt::pause(POLL)
+            };
+            if waited.is_err() {
+                // Perhaps it is not yet among the node's registered processes.
+                let _ = child.kill();
+                let _ = child.wait();
+                return waited;
             }
-            std::thread::sleep(POLL);
         }
     }
 
@@ -191,7 +198,7 @@ impl Cluster {
                     self.run_dir(node).join("log").display()
                 ));
             }
-            std::thread::sleep(POLL);
+            interrupt::pause(POLL)?;
         }
     }
 
@@ -207,6 +214,7 @@ impl Cluster {
         let run_dir = self.run_dir(node);
         let log_path = run_dir.join(format!("log/mount-{}.log", self.layout.fs));
         let log = OpenOptions::new().create(true).append(true).open(&log_path).doing(log_path.display())?;
+        interrupt::check()?;
         let status = Command::new(own_exe()?)
             .arg("mount.gfs")
             .arg(self.device())
@@ -216,6 +224,8 @@ impl Cluster {
             .stdin(Stdio::null())
             .stdout(log.try_clone().doing(node)?)
             .stderr(log)
+            // Whole or not at all: the terminal's Ctrl-C is for us.
+            .process_group(0)
             .status()
             .doing("mount.gfs")?;
         if status.success() {
@@ -439,13 +449,7 @@ pub(crate) fn detach(at: &Path) {
 
 /// Minor number of the mount's device: the name of its directory in fusectl.
 fn fuse_connection(at: &Path) -> Option<u32> {
-    let text = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let want = at.to_string_lossy();
-    text.lines().find_map(|l| {
-        let mut words = l.split(' ');
-        let dev = words.nth(2)?;
-        (words.nth(1)? == want).then(|| dev.split_once(':')?.1.parse().ok())?
-    })
+    rgmanager::agent::mounted_device(at)?.split_once(':')?.1.parse().ok()
 }
 
 /// Make every request of a hanging mount fail.

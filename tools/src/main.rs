@@ -6,6 +6,7 @@ mod cairnd;
 mod classic;
 mod demo;
 mod http;
+mod interrupt;
 mod local;
 mod timeline;
 mod work;

@@ -252,10 +252,12 @@ impl Fs {
         Ok(Err(at))
     }
 
-    /// In this order, because whoever opens an inode waits for its glock with the iopen glock held.
+    /// In this order, because whoever opens an inode waits for its glock with the iopen glock held. The iopen glock as in `count_open`; SETTLED
+    /// waits until the EX is gone with which the block was freed here.
     fn claim_block(&self, at: BlockNo, open: bool, how: AcquireFlags) -> Result<Claimed> {
         let (glocks, flags) = (self.volume().glocks(), how | AcquireFlags::SKIP);
-        let iopen = open.then(|| glocks.acquire(iopen_glock(at), LockState::Shared, flags)).transpose()?;
+        let opened = flags | AcquireFlags::EXACT | AcquireFlags::SETTLED;
+        let iopen = open.then(|| glocks.acquire(iopen_glock(at), LockState::Shared, opened)).transpose()?;
         let inode = glocks.acquire(inode_glock(at), LockState::Exclusive, flags)?;
         Ok(Claimed { at, inode, iopen })
     }

@@ -85,8 +85,9 @@ impl Fs {
         Ok(Held::new((), holders))
     }
 
-    /// Waits for the iopen glock, and with that held for the inode's. So nobody may wait for an iopen glock with the inode's held in EX: a node that
-    /// opens the inode under a cached EX of the iopen glock would keep both from going on. Errors: ESTALE when the inode was deleted.
+    /// Waits for the iopen glock, and with that held for the inode's; so nobody may wait for an iopen glock with the inode's held in EX.
+    /// EXACT, since whoever freed the block's last inode has EX in its cache: a handle under that would keep every other node from opening
+    /// the inode. Errors: ESTALE when the inode was deleted.
     pub(super) fn count_open(&self, inode: &Arc<Inode>) -> Result<()> {
         loop {
             {
@@ -100,7 +101,7 @@ impl Fs {
             let iopen = self.volume().glocks().acquire(
                 iopen_glock(inode.no.addr),
                 LockState::Shared,
-                AcquireFlags::SKIP,
+                AcquireFlags::EXACT | AcquireFlags::SKIP,
             )?;
             // Another node may have deleted the inode before it could know that it is open here.
             if let Err(error) = self.lock(inode, LockState::Shared) {

@@ -218,6 +218,52 @@ fn a_file_closed_on_one_node_is_freed_after_its_removal_on_another() {
     c.end();
 }
 
+/// Whoever frees an inode holds its iopen glock exclusively and keeps that in its cache. When the next inode at that address is held open there, another
+/// node must be able to open it as well.
+#[test]
+fn a_file_in_a_freed_place_can_be_open_on_all_nodes() {
+    for in_one_step in [false, true] {
+        let c = Cluster::new(4096, 2);
+        let (a, b) = (&c.nodes[0], &c.nodes[1]);
+        let make = |name: &str| {
+            if !in_one_step {
+                let f = a.file(a.root(), name);
+                a.open(f);
+                return f;
+            }
+            done(a.fs.create(ME, a.root(), name.as_bytes(), 0o644).unwrap()).ino.addr
+        };
+        let first = make("first");
+        done(a.fs.unlink(a.root(), b"first").unwrap());
+        a.fs.release(first);
+        a.fs.reclaim();
+        a.fs.syncfs().unwrap();
+        // The search for a free block goes once around the volume.
+        let mut name = String::new();
+        for i in 0..100_000 {
+            name = format!("f{i}");
+            let at = make(&name);
+            if at == first {
+                break;
+            }
+            a.fs.release(at);
+        }
+        let name = name.as_str();
+        assert_eq!(b.get(b.root(), name).unwrap().ino.addr, first);
+        std::thread::scope(|s| {
+            let (opened, is_open) = std::sync::mpsc::channel();
+            s.spawn(move || {
+                b.open(first);
+                opened.send(()).unwrap();
+            });
+            let both = is_open.recv_timeout(Duration::from_secs(20));
+            a.fs.release(first);
+            both.expect("the second node waits for the first one to close the file");
+        });
+        c.end();
+    }
+}
+
 /// Another node takes the glocks of free blocks again and again, as one does that frees inodes. A creation must neither give up nor starve.
 #[test]
 fn a_creation_outlasts_any_contention_for_free_blocks() {

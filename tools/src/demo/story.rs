@@ -1,6 +1,7 @@
 //! The six acts. Each says what it does, waits for what must happen, and fails with a sentence when it does not.
 
 use super::report::Report;
+use crate::interrupt;
 use crate::local::{Cluster, Doing, Result, cli, fail, own_exe};
 use crate::timeline::{self, Entry};
 use crate::work;
@@ -77,11 +78,10 @@ fn counter(cluster: &Cluster, report: &mut Report) -> Result<()> {
             .arg(cluster.mount_point(node).join("counter"))
             .spawn()
             .doing("work count")?;
-        children.push((node.clone(), child));
+        children.push((node, Load(child)));
     }
-    for (node, mut child) in children {
-        let status = wait(&mut child, LIMIT).doing(format!("counter on {node}"))?;
-        if !status {
+    for (node, load) in &mut children {
+        if !load.wait(LIMIT).doing(format!("counter on {node}"))? {
             return fail(format!("the counter on {node} failed"));
         }
     }
@@ -98,19 +98,33 @@ fn counter(cluster: &Cluster, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// A child's success, or a time-out (it is killed then).
-fn wait(child: &mut Child, limit: Duration) -> io::Result<bool> {
-    let start = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status.success());
+/// A process that works on a mount; killed when dropped.
+struct Load(Child);
+
+impl Load {
+    /// Its success, or an error when it does not end in time.
+    fn wait(&mut self, limit: Duration) -> Result<bool> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().doing("wait")? {
+                return Ok(status.success());
+            }
+            if start.elapsed() > limit {
+                return fail(format!("not done after {limit:?}"));
+            }
+            interrupt::pause(POLL)?;
         }
-        if start.elapsed() > limit {
-            child.kill()?;
-            child.wait()?;
-            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done after {limit:?}")));
-        }
-        std::thread::sleep(POLL);
+    }
+
+    fn stop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 
@@ -119,7 +133,7 @@ struct Writer {
     node: String,
     /// Name in the records: node and life.
     name: String,
-    child: Child,
+    load: Load,
 }
 
 impl Writer {
@@ -133,18 +147,7 @@ impl Writer {
             .stderr(Stdio::null())
             .spawn()
             .doing("work write")?;
-        Ok(Self { node: node.to_owned(), name, child })
-    }
-
-    fn stop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.stop();
+        Ok(Self { node: node.to_owned(), name, load: Load(child) })
     }
 }
 
@@ -177,7 +180,7 @@ fn wait_acks(cluster: &Cluster, name: &str, n: usize) -> Result<()> {
         if start.elapsed() > LIMIT {
             return fail(format!("writer {name} has no {n} acknowledged records after {LIMIT:?}"));
         }
-        std::thread::sleep(POLL);
+        interrupt::pause(POLL)?;
     }
     Ok(())
 }
@@ -196,7 +199,7 @@ fn wait_owner(cluster: &Cluster, ask: &[String], other_than: Option<&str>) -> Re
         if start.elapsed() > LIMIT {
             return fail(format!("service:web does not start within {LIMIT:?}"));
         }
-        std::thread::sleep(POLL);
+        interrupt::pause(POLL)?;
     }
 }
 
@@ -235,7 +238,7 @@ fn wait_http(cluster: &Cluster, limit: Duration) -> Result<String> {
             Err(e) if start.elapsed() > limit => {
                 return fail(format!("http://{}/: {e}", cluster.layout.http));
             }
-            Err(_) => std::thread::sleep(POLL),
+            Err(_) => interrupt::pause(POLL)?,
         }
     }
 }
@@ -261,7 +264,7 @@ fn crash_owner(cluster: &Cluster, report: &mut Report, writers: &mut [Writer]) -
         report.problems.push(format!("{heir} answers, but {heir_recorded} is recorded as owner"));
     }
     for w in writers.iter_mut().filter(|w| w.node == victim) {
-        w.stop();
+        w.load.stop();
     }
     // The survivors must be seen writing again before their stall can be measured.
     for w in writers.iter().filter(|w| w.node != victim) {
@@ -297,7 +300,7 @@ fn wait_http_from(cluster: &Cluster, not: &str) -> Result<String> {
         if start.elapsed() > LIMIT {
             return fail(format!("nobody took the service over from {not} within {LIMIT:?}"));
         }
-        std::thread::sleep(POLL);
+        interrupt::pause(POLL)?;
     }
 }
 
@@ -352,7 +355,7 @@ fn last_man(cluster: &Cluster, report: &mut Report, victim: &str, writers: &mut 
         cluster.signal(node, libc::SIGKILL);
     }
     for w in writers.iter_mut().filter(|w| w.node != last) {
-        w.stop();
+        w.load.stop();
     }
     let by = wait_http_from(cluster, &owner)?;
     let acked = writers
@@ -376,9 +379,9 @@ fn last_man(cluster: &Cluster, report: &mut Report, victim: &str, writers: &mut 
 
 /// Act 6: clean unmount, checkers, every acknowledged write.
 fn verify(cluster: &Cluster, report: &mut Report, mut writers: Vec<Writer>) -> Result<()> {
-    say("6. the dead return, everything is verified, unmounted and checked");
+    say("6. every acknowledged write is looked for, then the volume is unmounted and checked");
     for w in &mut writers {
-        w.stop();
+        w.load.stop();
     }
     let names: Vec<String> = writers.iter().map(|w| w.name.clone()).collect();
     drop(writers);
@@ -447,7 +450,11 @@ fn fsck_gfs2(cluster: &Cluster) -> Result<Option<bool>> {
     let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     fs::write(cluster.dir.join("fsck.log"), &text).doing("fsck.log")?;
     // Its exit status alone says nothing about dirty journals.
-    Ok(Some(out.status.success() && !text.contains("is dirty")))
+    let is_clean = out.status.success() && !text.contains("is dirty");
+    if is_clean {
+        fs::remove_file(&copy).doing(copy.display())?;
+    }
+    Ok(Some(is_clean))
 }
 
 fn copy_sparse(cluster: &Cluster, to: &std::path::Path) -> io::Result<()> {

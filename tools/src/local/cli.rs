@@ -1,6 +1,8 @@
-//! `cairn up | down | status | crash | start | pause | resume`. Exit status: 0 done, 1 failed, 2 wrong usage.
+//! `cairn up | down | status | crash | start | pause | resume`. Exit status: 0 done, 1 failed, 2 wrong usage; `up` that a signal ended: 128
+//! and its number, with nothing left behind.
 
 use super::{Cluster, Failure, Plan, Result, default_dir, fail};
+use crate::interrupt;
 use cairn_base::exit;
 use clap::{Parser, Subcommand};
 use serde_json::json;
@@ -94,8 +96,15 @@ fn run(args: &Args) -> Result<i32> {
             return Ok(0);
         }
         gfs::fuse::check_system().map_err(|e| Failure(e.to_string()))?;
+        interrupt::catch()?;
         let cluster = plan.create()?;
         if let Err(e) = up(&cluster) {
+            if let Some(signal) = interrupt::caught() {
+                for problem in [e.0].into_iter().chain(cluster.down(false)) {
+                    eprintln!("cairn: {problem}");
+                }
+                return Ok(interrupt::exit_code(signal));
+            }
             // nothing keeps running that nobody knows of; the files are the evidence
             let mut text = e.0;
             for problem in cluster.down(true) {
@@ -196,7 +205,7 @@ pub(crate) fn start(cluster: &Cluster, node: &str) -> Result<()> {
     cluster.mount(node)
 }
 
-fn describe(cluster: &Cluster, as_json: bool) -> String {
+pub(crate) fn describe(cluster: &Cluster, as_json: bool) -> String {
     if as_json {
         return status(cluster, true);
     }

@@ -16,6 +16,11 @@ const QDISK_BYTES: u64 = 8 * MIB;
 const CLUSTER: &str = "cairn";
 const FS: &str = "vol";
 
+/// Below the cluster's directory; a mount's own socket has its process number.
+const LONGEST_SOCKET: &str = "/nodes/node16/mounts/4194304.sock";
+/// `sun_path` without the end of the string (unix(7)).
+const SOCKET_PATH_MAX: usize = 107;
+
 /// What `cairn up` was asked to make.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -37,6 +42,7 @@ impl Plan {
                 self.dir.display()
             ));
         }
+        self.check_dir()?;
         let is_new = !self.dir.exists();
         self.make().inspect_err(|_| {
             let _ = fs::remove_dir_all(&self.dir);
@@ -44,6 +50,20 @@ impl Plan {
                 let _ = fs::create_dir(&self.dir);
             }
         })
+    }
+
+    /// The directory's name goes into cluster.conf, names of LUNs and names of sockets.
+    fn check_dir(&self) -> Result<()> {
+        let dir = std::path::absolute(&self.dir).doing(self.dir.display())?;
+        let no = |why: &str| fail(format!("{}: {why}; choose another --dir", dir.display()));
+        let Some(text) = dir.to_str() else { return no("the path is not UTF-8") };
+        if text.contains('%') || text.contains("#part=") || text.chars().any(char::is_control) {
+            return no("a cluster cannot live under a path with a %, #part= or a control character");
+        }
+        if text.len() + LONGEST_SOCKET.len() > SOCKET_PATH_MAX {
+            return no("the path is too long for the names of the sockets below it");
+        }
+        Ok(())
     }
 
     fn make(&self) -> Result<Cluster> {
@@ -115,7 +135,7 @@ impl Plan {
     }
 
     fn configuration(&self, cluster: &Cluster) -> Result<String> {
-        let dir = cluster.dir.display();
+        let dir = in_xml(&cluster.dir.display().to_string());
         let mut nodes = String::new();
         for (i, name) in cluster.layout.nodes.iter().enumerate() {
             let id = i + 1;
@@ -153,9 +173,13 @@ impl Plan {
 </cluster>
 "#,
             profile = self.profile,
-            lun = cluster.device(),
+            lun = in_xml(&cluster.device()),
         ))
     }
+}
+
+fn in_xml(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;")
 }
 
 /// Run one of our own commands; its messages are the error.
@@ -207,7 +231,7 @@ status)
 	echo "usage: $0 start|stop|status" >&2; exit 2 ;;
 esac
 "#,
-        exe = own_exe()?.display(),
+        exe = own_exe()?.display().to_string().replace('\'', r"'\''"),
         http = cluster.layout.http,
     );
     fs::write(&path, text).doing(path.display())?;
