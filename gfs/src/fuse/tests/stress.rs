@@ -23,6 +23,8 @@ const WORDS: usize = RECORD / 8;
 const RECORDS: usize = 64;
 const FILES: usize = 3;
 const APPEND: usize = 16;
+/// An operation of a user that waits so long for the others is starving.
+const TOO_SLOW: Duration = Duration::from_secs(10);
 
 /// Which parts of the load run. Written as words.
 #[derive(Clone, Copy, Default)]
@@ -120,7 +122,11 @@ impl Shared {
     fn step<T>(&self, what: &str, op: impl FnOnce() -> std::io::Result<T>) -> Option<T> {
         let started = Instant::now();
         let result = op();
-        self.slowest.fetch_max(started.elapsed().as_micros() as u64, Ordering::Relaxed);
+        let took = started.elapsed();
+        self.slowest.fetch_max(took.as_micros() as u64, Ordering::Relaxed);
+        if took > TOO_SLOW {
+            self.wrong(format!("{what} took {took:?}"));
+        }
         self.operations.fetch_add(1, Ordering::Relaxed);
         match result {
             Ok(value) => Some(value),
