@@ -164,9 +164,9 @@ pub fn mounted_device(at: &Path) -> Option<String> {
     let want = at.to_string_lossy().replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011");
     let want = if want.len() > 1 { want.trim_end_matches('/') } else { &want };
     let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let fields = table.lines().map(|l| l.split(' ').collect::<Vec<_>>());
-    let found = fields.filter(|f| f.get(4) == Some(&want)).last()?;
-    Some((*found.get(2)?).to_owned())
+    let mut entries = table.lines().rev().map(|l| l.split(' ').collect::<Vec<_>>());
+    let found = entries.find(|fields| fields.get(4) == Some(&want))?;
+    Some(found[2].to_owned())
 }
 
 /// IPv4 address on the interface that already has one of the same subnet.

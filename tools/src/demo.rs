@@ -38,7 +38,7 @@ pub(crate) fn main(argv: &[String]) -> i32 {
     let mut report = report::Report::new(&args.profile);
     let evidence = run(&args, &mut report);
     if !report.problems.is_empty() {
-        eprintln!("\nBROKEN:");
+        eprintln!("{}", if interrupt::caught().is_some() { "\nENDED:" } else { "\nBROKEN:" });
         for p in &report.problems {
             eprintln!("  {p}");
         }
@@ -63,7 +63,7 @@ fn run(args: &Args, report: &mut report::Report) -> Option<PathBuf> {
     let cluster = match create(args) {
         Ok(cluster) => cluster,
         Err(e) => {
-            report.problems.push(e.to_string());
+            report.problems.push(interrupt::cause(e).to_string());
             return None;
         }
     };
@@ -77,7 +77,7 @@ fn run(args: &Args, report: &mut report::Report) -> Option<PathBuf> {
         }
     }
     if let Err(e) = told {
-        report.problems.push(e.to_string());
+        report.problems.push(interrupt::cause(e).to_string());
     }
     let is_interrupted = interrupt::caught().is_some();
     let is_evidence = !report.problems.is_empty() && !is_interrupted;

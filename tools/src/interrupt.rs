@@ -1,6 +1,6 @@
 //! SIGINT, SIGTERM and SIGHUP while a cluster is made or shown: noticed where something is waited for, so that whoever began it can end it.
 
-use crate::local::{Doing, Result, fail};
+use crate::local::{Doing, Failure, Result, fail};
 use nix::sys::signal::Signal;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -42,6 +42,11 @@ pub(crate) fn check() -> Result<()> {
         None => Ok(()),
         Some(n) => fail(format!("interrupted by {}", Signal::try_from(n).map_or("a signal", Signal::as_str))),
     }
+}
+
+/// What made this fail: a signal, if one came (our children may have got it too), else the error itself.
+pub(crate) fn cause(e: Failure) -> Failure {
+    check().err().unwrap_or(e)
 }
 
 /// Sleeps, or fails once a signal has come.
