@@ -351,8 +351,10 @@ impl Domain {
         let before = std::mem::replace(&mut self.state, merged.state);
         self.view = view;
         self.members = members.iter().copied().collect();
-        self.running_elsewhere = merged.running;
-        self.running_elsewhere.retain(|_, n| *n != self.cfg.me.node);
+        // As it was when the states were exchanged: an agent of mine that has ended since is running to the others.
+        let running = merged.running;
+        self.running_elsewhere =
+            running.iter().filter(|(_, n)| **n != self.cfg.me.node).map(|(p, n)| (*p, *n)).collect();
         self.quorate = false;
         self.join_sent = false;
         for work in self.work.values_mut() {
@@ -370,25 +372,20 @@ impl Domain {
         if self.state.is_excluded(self.cfg.me) {
             out.push(DomainAction::Excluded);
         }
-        // proofs that were ordered in views in which we were not
-        if before.formed {
-            for (node, gone) in &self.state.gone {
-                let known = before.gone.get(node).is_some_and(|g| g.incarnation >= gone.incarnation);
-                if let How::Fenced { fencer, proof, .. } = &gone.how
-                    && !known
-                {
-                    out.push(DomainAction::Fenced {
-                        proc: Proc { node: *node, incarnation: gone.incarnation },
-                        fencer: *fencer,
-                        proof: proof.clone(),
-                    });
+        // Proofs that were ordered in views in which we were not; also for a newcomer, whose clients may be here already.
+        for (node, gone) in &self.state.gone {
+            let known = before.gone.get(node).is_some_and(|g| g.incarnation >= gone.incarnation);
+            let proc = Proc { node: *node, incarnation: gone.incarnation };
+            let here = before.members.contains_key(&proc) || before.victims.contains_key(&proc);
+            match &gone.how {
+                How::Fenced { fencer, proof, .. } if !known => {
+                    out.push(DomainAction::Fenced { proc, fencer: *fencer, proof: proof.clone() });
                 }
                 // Left while we were apart: how its mounts ended was told there. That all have, its leave proves.
-                let life = Proc { node: *node, incarnation: gone.incarnation };
-                let here = before.members.contains_key(&life) || before.victims.contains_key(&life);
-                if gone.how == How::Left && here && !known {
-                    out.push(DomainAction::Fenced { proc: life, fencer: *node, proof: Proof::StoppedClean });
+                How::Left if !known && here => {
+                    out.push(DomainAction::Fenced { proc, fencer: *node, proof: Proof::StoppedClean });
                 }
+                _ => {}
             }
         }
         // a later life of a node answers for its earlier ones: it has conquered their run directory
@@ -396,9 +393,8 @@ impl Domain {
             self.state.members.keys().chain(self.state.victims.keys()).copied().collect();
         for old in candidates {
             let heir = self.members.iter().find(|m| m.node == old.node && m.incarnation > old.incarnation);
-            let busy = self.running_elsewhere.contains_key(&old) || self.runs(old);
             if let Some(heir) = heir
-                && !busy
+                && !running.contains_key(&old)
             {
                 let was_victim = self.state.victims.contains_key(&old);
                 let proof = Proof::Rejoined(heir.incarnation);

@@ -43,7 +43,7 @@ struct World {
     fail_agents: bool,
     /// Lives that found themselves excluded; they end after the present step.
     doomed: Vec<Proc>,
-    /// Last life of a node when an agent proved its death.
+    /// Last life of a node when an agent proved the death of whatever ran there.
     looked: BTreeMap<NodeId, u64>,
 }
 
@@ -224,7 +224,7 @@ impl World {
             }
             Ok(Proof::Exited)
         };
-        if result.is_ok() {
+        if result.is_ok() && victim.incarnation == Incarnation(0) {
             self.looked.insert(victim.node, self.last_life.get(&victim.node).copied().unwrap_or(0));
         }
         if let Some(node) = self.nodes.get_mut(&id)
