@@ -41,6 +41,11 @@ enum NodeMsg {
     Expected(u32),
     /// That life must stop.
     Kill(Proc),
+    /// A mount process of the sender's node must end without a leave. Comes before its groups hear of it.
+    MountDying {
+        client: u32,
+        fs: String,
+    },
     /// The mount process of the sender's node is gone, its I/O done.
     MountGone {
         client: u32,
@@ -58,6 +63,8 @@ struct NodeSync {
     all_seen: bool,
     config_version: u32,
     domain: DomainSync,
+    /// Mount processes of this node that are ending.
+    dying: Vec<(u32, String)>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -70,22 +77,25 @@ struct NodeMerged {
     /// Nodes whose configuration is not the newest among us.
     outdated: Vec<NodeId>,
     domain: DomainMerged,
+    dying: BTreeMap<(Proc, u32), String>,
 }
 
 /// The merge function for `Groups`. A part that does not decode (another version) is as if the node knew nothing.
 pub fn merge(_ring: &RingId, ring_parts: &[(crate::event::Member, Bytes)]) -> Agreed {
-    let parts: Vec<(NodeId, NodeSync)> = ring_parts
+    let parts: Vec<(Proc, NodeSync)> = ring_parts
         .iter()
-        .filter_map(|(m, bytes)| postcard::from_bytes(bytes).ok().map(|sync| (m.node, sync)))
+        .filter_map(|(m, bytes)| postcard::from_bytes(bytes).ok().map(|sync| (m.proc(), sync)))
         .collect();
     let newest = parts.iter().map(|(_, s)| s.config_version).max().unwrap_or(0);
+    let dying = parts.iter().flat_map(|(p, s)| s.dying.iter().map(|(c, fs)| ((*p, *c), fs.clone())));
     let merged = NodeMerged {
         same_past: parts.windows(2).all(|w| w[0].1.past == w[1].1.past),
         expected: parts.iter().map(|(_, s)| s.expected).max().unwrap_or(0),
         effective: parts.iter().map(|(_, s)| s.effective).max().unwrap_or(0),
         all_seen: parts.iter().any(|(_, s)| s.all_seen),
-        outdated: parts.iter().filter(|(_, s)| s.config_version < newest).map(|(n, _)| *n).collect(),
-        domain: domain::merge(parts.iter().map(|(n, s)| (*n, &s.domain))),
+        outdated: parts.iter().filter(|(_, s)| s.config_version < newest).map(|(p, _)| p.node).collect(),
+        domain: domain::merge(parts.iter().map(|(p, s)| (p.node, &s.domain))),
+        dying: dying.collect(),
     };
     let excluded = ring_parts
         .iter()
@@ -188,6 +198,8 @@ pub struct NodeCore {
     stopping: Option<StopWhy>,
     leaving: bool,
     mounts_gone: BTreeMap<(Proc, u32), String>,
+    /// Mounts whose groups have lost them and whose end is not proved, on nodes that are here: victims as nodes are.
+    mounts_dying: BTreeMap<(Proc, u32), String>,
     /// For the status: ring sequence and wall time at which each member joined.
     joined: BTreeMap<NodeId, (u64, u64, Incarnation)>,
     last_token: Boottime,
@@ -268,6 +280,7 @@ impl NodeCore {
             stopping: None,
             leaving: false,
             mounts_gone: BTreeMap::new(),
+            mounts_dying: BTreeMap::new(),
             joined: BTreeMap::new(),
             last_token: Boottime::ZERO,
             sabotage: Sabotage::default(),
@@ -329,6 +342,12 @@ impl NodeCore {
             all_seen: self.all_seen,
             config_version: self.config.version,
             domain: self.domain.sync(),
+            dying: self
+                .mounts_dying
+                .iter()
+                .filter(|((p, _), _)| *p == self.me)
+                .map(|((_, c), fs)| (*c, fs.clone()))
+                .collect(),
         }
     }
 
@@ -345,6 +364,8 @@ impl NodeCore {
         self.all_seen = merged.all_seen || self.config.nodes.iter().all(|n| present.contains(&NodeId(n.id)));
         self.evicted.retain(|p| !members.iter().any(|m| m.node == p.node && m.incarnation >= p.incarnation));
         self.shrink_sent.clear();
+        // Each node speaks for its own; those of a node that is gone end with it.
+        self.mounts_dying = merged.dying;
         for m in &members {
             let entry = self.joined.entry(m.node).or_insert((0, 0, Incarnation(0)));
             if entry.2 != m.incarnation || view.joined.iter().any(|j| j.proc() == *m) {
@@ -471,7 +492,15 @@ impl NodeCore {
                 self.stop(StopWhy::Killed, out);
             }
             NodeMsg::Kill(p) => out.push(NodeAction::HintDead(p)),
+            NodeMsg::MountDying { client, fs } => {
+                if !self.mounts_gone.contains_key(&(from, client)) {
+                    let scope = Scope::Mount { client, fs: fs.clone() };
+                    self.mounts_dying.insert((from, client), fs);
+                    out.push(NodeAction::Event(ClusterEvent::FencePending { proc: from, scope }));
+                }
+            }
             NodeMsg::MountGone { client, fs } => {
+                self.mounts_dying.remove(&(from, client));
                 if self.mounts_gone.insert((from, client), fs.clone()).is_none() {
                     let scope = Scope::Mount { client, fs };
                     let view = ViewId(self.view.as_ref().map_or(0, |v| v.id.seq));
@@ -508,6 +537,8 @@ impl NodeCore {
                 }
                 DomainAction::Fenced { proc, proof, .. } => {
                     self.mounts_gone
+                        .retain(|(p, _), _| p.node != proc.node || p.incarnation > proc.incarnation);
+                    self.mounts_dying
                         .retain(|(p, _), _| p.node != proc.node || p.incarnation > proc.incarnation);
                     if self.config.quorumd.is_some() && proc.incarnation != Incarnation(0) {
                         out.push(NodeAction::Disk(QdiskCommand::Gone(proc)));
@@ -874,6 +905,12 @@ impl NodeCore {
         }
     }
 
+    /// A mount process of this node must end, and its groups will hear that it is lost: nobody may take it for dead before its end.
+    pub fn mount_dying(&mut self, client: u32, fs: String, out: &mut Vec<NodeAction>) {
+        self.mounts_dying.insert((self.me, client), fs.clone());
+        send(&NodeMsg::MountDying { client, fs }, true, out);
+    }
+
     /// A mount process of this node is gone, seen by its exit: tell everybody.
     pub fn mount_gone(&mut self, client: u32, fs: String, out: &mut Vec<NodeAction>) {
         send(&NodeMsg::MountGone { client, fs }, true, out);
@@ -923,6 +960,10 @@ impl NodeCore {
         for victim in self.domain.state().victims.keys() {
             events.push(ClusterEvent::FencePending { proc: *victim, scope: Scope::Node });
         }
+        for ((proc, client), fs) in &self.mounts_dying {
+            let scope = Scope::Mount { client: *client, fs: fs.clone() };
+            events.push(ClusterEvent::FencePending { proc: *proc, scope });
+        }
         // Proofs are told once: of the dead that others tell a newcomer of, it would never hear that they are dead.
         let view = ViewId(self.view.as_ref().map_or(0, |v| v.id.seq));
         for (node, gone) in &self.domain.state().gone {
@@ -949,6 +990,13 @@ impl NodeCore {
     }
     pub fn domain(&self) -> &Domain {
         &self.domain
+    }
+    /// Somebody who may have written is not proved dead.
+    pub fn is_fencing(&self) -> bool {
+        !self.domain.state().victims.is_empty() || !self.mounts_dying.is_empty()
+    }
+    pub fn mounts_dying(&self) -> impl Iterator<Item = (Proc, &str)> {
+        self.mounts_dying.iter().map(|((p, _), fs)| (*p, fs.as_str()))
     }
     pub fn quorum(&self) -> Quorum {
         self.quorum

@@ -241,6 +241,17 @@ impl<E: Engine> Stack<E> {
         }
     }
 
+    /// A local client's connection is closed. `mount`: it was a mount of this file system, and did not leave its groups; until
+    /// [`NodeCore::mount_gone`] it may still write.
+    pub fn client_gone(&mut self, now: Boottime, client: u32, mount: Option<String>, out: Out<'_>) {
+        if let Some(fs) = mount {
+            let mut acts = Vec::new();
+            self.core.mount_dying(client, fs, &mut acts);
+            self.perform(now, acts, out);
+        }
+        self.groups.client_gone(client);
+    }
+
     // ---- one turn of the driver ----
 
     pub fn tick(&mut self, now: Boottime, out: Out<'_>) {
@@ -338,7 +349,8 @@ impl<E: Engine> Stack<E> {
                     self.stop(StopWhy::Shutdown, out);
                 }
             }
-            Phase::LeavingMounts if !mounts => {
+            // The leave of the domain goes before everything that clients send: others would find their mounts lost, and nobody to fence.
+            Phase::LeavingMounts if !mounts && self.groups.is_settled() => {
                 let mut acts = Vec::new();
                 self.phase = Phase::LeavingDomain;
                 let wait = self.core.leave_domain(&mut acts);

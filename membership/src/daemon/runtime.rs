@@ -65,13 +65,11 @@ pub(super) struct Client {
     pub(super) outbox: Outbox,
 }
 
-/// A mount process that must end: its connection is gone, or this life is.
+/// A mount process that was in a group and must end: its connection is gone, or this life is.
 pub(super) struct DyingMount {
     pub(super) client: u32,
     pub(super) fs: String,
     pub(super) process: Option<PidFd>,
-    /// The others must be told (it was a group member).
-    pub(super) told: bool,
 }
 
 pub(super) struct Runtime<E, W> {
@@ -452,11 +450,9 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
             .partition(|d: &DyingMount| d.process.as_ref().is_none_or(PidFd::exited));
         self.dying = left;
         for mount in ended {
-            if mount.told {
-                let mut acts = Vec::new();
-                self.stack.core.mount_gone(mount.client, mount.fs, &mut acts);
-                self.perform(acts);
-            }
+            let mut acts = Vec::new();
+            self.stack.core.mount_gone(mount.client, mount.fs, &mut acts);
+            self.perform(acts);
         }
     }
 
@@ -464,20 +460,20 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
     pub(super) fn client_closed(&mut self, client: u32) {
         let Some(state) = self.clients.remove(&client) else { return };
         self.pending_joins.retain(|(c, ..)| *c != client);
-        if !state.groups.is_empty() {
-            self.stack.groups.client_gone(client);
+        if state.groups.is_empty() {
+            return;
         }
-        if let Some(ClientKind::Mount { fs }) = state.kind {
-            let told = !state.groups.is_empty();
-            if let Some(process) = &state.process
-                && told
-            {
+        let mount = match state.kind {
+            Some(ClientKind::Mount { fs }) => Some(fs),
+            _ => None,
+        };
+        if let Some(fs) = mount.clone() {
+            if let Some(process) = &state.process {
                 let _ = process.kill();
             }
-            if told {
-                self.dying.push(DyingMount { client, fs, process: state.process, told });
-            }
+            self.dying.push(DyingMount { client, fs, process: state.process });
         }
+        self.with(|stack, now, out| stack.client_gone(now, client, mount, out));
     }
 
     fn kill_mounts(&mut self) {
