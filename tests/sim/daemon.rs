@@ -40,8 +40,8 @@ pub(crate) struct Daemon {
     joined: bool,
     pending_join: Option<Bytes>,
     retry: Vec<Call>,
-    /// A mount process that must end: client, and whether the others must be told.
-    pub(crate) dying: Option<(u32, bool)>,
+    /// A mount process that was in its group and must end.
+    pub(crate) dying: Option<u32>,
     pub(crate) token_seen: Boottime,
     pub(crate) renewed_seen: Boottime,
 }
@@ -142,7 +142,11 @@ impl World {
             return;
         }
         self.say(|| format!("n{} crashes: {why}", i + 1));
-        self.lose_io(i);
+        if self.nodes[i].blocked {
+            self.settle_io(i, u64::MAX);
+        } else {
+            self.lose_io(i);
+        }
         self.end_daemon(i);
         self.end_mount(i, MountEnd::Killed);
         let n = &mut self.nodes[i];
@@ -383,11 +387,13 @@ impl World {
         let ok = self.healed || !self.rng.chance(1, 6);
         let slow = !self.healed && self.rng.chance(1, 6);
         let d = if slow { self.between(1500, 6000) } else { self.between(20, 600) };
+        self.agents += 1;
         self.after(d * MS, Ev::AgentEffect { by: i, life, victim, probe, ok });
     }
 
     /// The agent does its work, also when the node that ran it is gone by now.
     pub(crate) fn agent_effect(&mut self, by: usize, life: u64, victim: Proc, probe: bool, ok: bool) {
+        self.agents -= 1;
         let v = usize::from(victim.node.0) - 1;
         let later = victim.incarnation.0 != 0 && self.nodes[v].incarnation > victim.incarnation.0;
         let idle = self.nodes[v].daemon.is_none()
@@ -637,8 +643,8 @@ impl World {
         d.pending_join = None;
         d.retry.clear();
         if std::mem::take(&mut d.joined) {
-            d.dying = Some((client, true));
-            d.stack.groups.client_gone(client);
+            d.dying = Some(client);
+            self.with(i, |stack, now, out| stack.client_gone(now, client, Some("vol".into()), out));
             self.end_mount(i, MountEnd::Killed);
         }
     }
@@ -646,8 +652,7 @@ impl World {
     /// The mount process has ended, its I/O done.
     pub(crate) fn mount_gone(&mut self, i: usize) {
         if let Some(d) = &mut self.nodes[i].daemon
-            && let Some((client, told)) = d.dying.take()
-            && told
+            && let Some(client) = d.dying.take()
         {
             self.with(i, |stack, now, out| {
                 let mut acts = Vec::new();

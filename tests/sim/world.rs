@@ -149,6 +149,8 @@ pub(crate) struct World {
     pub(crate) lun: Lun,
     pub(crate) config: Arc<Config>,
     pub(crate) fabric_fence: bool,
+    /// Fence agents under way: whoever they are after may still be hit.
+    pub(crate) agents: u32,
     weather: Weather,
     cut: BTreeSet<(u16, u16)>,
     pub(crate) lanes: BTreeMap<(Proc, Proc), Lane>,
@@ -240,6 +242,7 @@ impl World {
             nodes,
             lun: Lun::new(n),
             fabric_fence: rng.chance(1, 3),
+            agents: 0,
             weather,
             cut: BTreeSet::new(),
             lanes: BTreeMap::new(),
