@@ -7,6 +7,8 @@
 //! Rules of self-stop that are decided here: SS1 (view not quorate: no permit), SS2 (no token: the permit runs out by
 //! itself), SS3 (disk not renewed), SS4 (killed), SS5 (a quorate view went on without this life).
 
+mod chain;
+
 use crate::config::{Config, Dialect};
 use crate::event::{GroupMessage, GroupView, GroupsEvent, How, Reason, RingId, View};
 use crate::fence::domain::{
@@ -19,6 +21,7 @@ use crate::ipc::{
 use crate::quorum::{self, Electorate, Quorum, Standing};
 use bytes::Bytes;
 use cairn_base::{Boottime, Incarnation, NodeId, Proc, ViewId};
+use chain::{Chain, Step};
 use qdisk::event::{QdiskCommand, QdiskEvent, RingView};
 use qdisk::{DiskState, ViewName};
 use serde::{Deserialize, Serialize};
@@ -36,6 +39,10 @@ const MOUNTS_REMEMBERED: usize = 1024;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum NodeMsg {
     Domain(DomainMsg),
+    /// The sender has installed this view.
+    Installed(ViewName),
+    /// The sender has recorded it.
+    Recorded(ViewName),
     /// An evicted life is out of the view: the electorate may shrink to what is there.
     Shrink(Proc),
     Expected(u32),
@@ -65,6 +72,9 @@ struct NodeSync {
     domain: DomainSync,
     /// Mount processes of this node that are ending.
     dying: Vec<(u32, String)>,
+    /// The newest recorded view that this node knows of, and those that its state includes.
+    last: ViewName,
+    included: Vec<ViewName>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -78,6 +88,11 @@ struct NodeMerged {
     outdated: Vec<NodeId>,
     domain: DomainMerged,
     dying: BTreeMap<(Proc, u32), String>,
+    last: ViewName,
+    /// What the states of those who go on include.
+    included: BTreeSet<ViewName>,
+    /// Lives with state that does not include the last recorded view.
+    passed_by: BTreeSet<Proc>,
 }
 
 /// The merge function for `Groups`. A part that does not decode (another version) is as if the node knew nothing.
@@ -87,6 +102,10 @@ pub fn merge(_ring: &RingId, ring_parts: &[(crate::event::Member, Bytes)]) -> Ag
         .filter_map(|(m, bytes)| postcard::from_bytes(bytes).ok().map(|sync| (m.proc(), sync)))
         .collect();
     let newest = parts.iter().map(|(_, s)| s.config_version).max().unwrap_or(0);
+    let last = parts.iter().map(|(_, s)| s.last).max().unwrap_or(ViewName::NONE);
+    let is_passed_by =
+        |s: &NodeSync| s.domain.state.formed && last != ViewName::NONE && !s.included.contains(&last);
+    let passed_by: BTreeSet<Proc> = parts.iter().filter(|(_, s)| is_passed_by(s)).map(|(p, _)| *p).collect();
     let dying = parts.iter().flat_map(|(p, s)| s.dying.iter().map(|(c, fs)| ((*p, *c), fs.clone())));
     let merged = NodeMerged {
         same_past: parts.windows(2).all(|w| w[0].1.past == w[1].1.past),
@@ -94,13 +113,24 @@ pub fn merge(_ring: &RingId, ring_parts: &[(crate::event::Member, Bytes)]) -> Ag
         effective: parts.iter().map(|(_, s)| s.effective).max().unwrap_or(0),
         all_seen: parts.iter().any(|(_, s)| s.all_seen),
         outdated: parts.iter().filter(|(_, s)| s.config_version < newest).map(|(p, _)| p.node).collect(),
-        domain: domain::merge(parts.iter().map(|(p, s)| (p.node, &s.domain))),
+        domain: domain::merge(parts.iter().map(|(p, s)| (p.node, &s.domain)), &passed_by),
         dying: dying.collect(),
+        last,
+        included: parts
+            .iter()
+            .filter(|(p, _)| !passed_by.contains(p))
+            .flat_map(|(_, s)| s.included.iter().copied())
+            .collect(),
+        passed_by,
     };
     let excluded = ring_parts
         .iter()
         .map(|(m, _)| m.proc())
-        .filter(|p| merged.outdated.contains(&p.node) || merged.domain.state.is_excluded(*p))
+        .filter(|p| {
+            merged.outdated.contains(&p.node)
+                || merged.passed_by.contains(p)
+                || merged.domain.state.is_excluded(*p)
+        })
         .collect();
     Agreed { state: postcard::to_stdvec(&merged).unwrap_or_default(), excluded }
 }
@@ -131,7 +161,9 @@ pub enum NodeAction {
         event: ClusterEvent,
     },
     Disk(QdiskCommand),
-    /// The node is in the fence domain now: groups that write may be joined.
+    /// Into this node's file, durably; answered by [`NodeCore::view_recorded`].
+    RecordView(ViewName),
+    /// The node is in the fence domain, and its view is recorded: groups that write may be joined.
     Admitted,
     /// My leave of the domain has been delivered.
     LeftDomain,
@@ -181,6 +213,7 @@ pub struct NodeCore {
     config: Arc<Config>,
     electorate: Electorate,
     domain: Domain,
+    chain: Chain,
     view: Option<Current>,
     expected: u32,
     effective: u32,
@@ -263,6 +296,7 @@ impl NodeCore {
             me,
             electorate,
             domain,
+            chain: Chain::default(),
             view: None,
             expected,
             effective: expected,
@@ -286,6 +320,11 @@ impl NodeCore {
             sabotage: Sabotage::default(),
             config,
         }
+    }
+
+    /// The last view that an earlier life of this node has recorded.
+    pub fn set_last_view(&mut self, last: ViewName) {
+        self.chain.start(last);
     }
 
     /// For simulations only.
@@ -329,6 +368,9 @@ impl NodeCore {
 
     /// The ring left OPERATIONAL: nothing new is counted for its view.
     pub fn ring_broken(&mut self, out: &mut Vec<NodeAction>) {
+        self.chain.broken();
+        self.domain.set_recorded(false);
+        self.was_admitted = false;
         if self.config.quorumd.is_some() {
             out.push(NodeAction::Disk(QdiskCommand::View(None)));
         }
@@ -348,6 +390,8 @@ impl NodeCore {
                 .filter(|((p, _), _)| *p == self.me)
                 .map(|((_, c), fs)| (*c, fs.clone()))
                 .collect(),
+            last: self.chain.last(),
+            included: self.chain.included(),
         }
     }
 
@@ -366,6 +410,9 @@ impl NodeCore {
         self.shrink_sent.clear();
         // Each node speaks for its own; those of a node that is gone end with it.
         self.mounts_dying = merged.dying;
+        self.chain.view(name_of(view.id), &members, merged.last, &merged.included);
+        self.was_admitted = false;
+        send(&NodeMsg::Installed(name_of(view.id)), true, out);
         for m in &members {
             let entry = self.joined.entry(m.node).or_insert((0, 0, Incarnation(0)));
             if entry.2 != m.incarnation || view.joined.iter().any(|j| j.proc() == *m) {
@@ -436,6 +483,9 @@ impl NodeCore {
         self.domain.view(now, view.seq, &members, merged.domain, unix, &mut acts);
         self.domain.quorate(now, self.may_fence(quorate), &mut acts);
         self.domain_actions(acts, out);
+        if merged.passed_by.contains(&self.me) {
+            self.stop(StopWhy::Excluded, out);
+        }
         if merged.outdated.contains(&self.me.node) {
             let text =
                 "Activity suspended on this node: its configuration is older than the cluster's".to_owned();
@@ -471,6 +521,8 @@ impl NodeCore {
                     out.push(NodeAction::LeftDomain);
                 }
             }
+            NodeMsg::Installed(view) => self.chain.installed(from, view),
+            NodeMsg::Recorded(view) => self.chain.recorded(from, view),
             NodeMsg::Shrink(p) => {
                 let here = self.view.as_ref().is_some_and(|v| v.members.iter().any(|m| m.proc() == p));
                 if self.electorate.shrinks && !here {
@@ -570,11 +622,55 @@ impl NodeCore {
                 DomainAction::Excluded => self.stop(StopWhy::Excluded, out),
             }
         }
-        let admitted = self.domain.joined();
+        self.admit(out);
+    }
+
+    fn admit(&mut self, out: &mut Vec<NodeAction>) {
+        let admitted = self.may_join();
         if admitted && !self.was_admitted {
             out.push(NodeAction::Admitted);
         }
         self.was_admitted = admitted;
+    }
+
+    /// Records the present view, step by step; then the domain may decide.
+    fn record(&mut self, now: Boottime, out: &mut Vec<NodeAction>) {
+        let quorate = self.quorum.quorate && self.stopping.is_none();
+        let by_device = quorate && !self.quorate_without_device();
+        match self.chain.step(quorate, by_device) {
+            Some(Step::Record(view)) => {
+                if self.config.quorumd.is_some() {
+                    out.push(NodeAction::Disk(QdiskCommand::Record(view)));
+                }
+                out.push(NodeAction::RecordView(view));
+            }
+            Some(Step::Say(view)) => send(&NodeMsg::Recorded(view), true, out),
+            None => {}
+        }
+        if self.chain.is_recorded() && !self.domain.is_recorded() {
+            self.domain.set_recorded(true);
+            let mut acts = Vec::new();
+            self.domain.tick(now, &mut acts);
+            self.domain_actions(acts, out);
+        }
+    }
+
+    /// This view is in the file.
+    pub fn view_recorded(&mut self, now: Boottime, view: ViewName, out: &mut Vec<NodeAction>) {
+        self.chain.in_file(view);
+        self.tick(now, out);
+    }
+
+    /// A view is on the disk in which something may have been decided. Who has state that does not include it was passed by.
+    fn view_shown(&mut self, view: ViewName, out: &mut Vec<NodeAction>) {
+        if self.chain.shown(view) {
+            return;
+        }
+        if self.domain.state().formed {
+            self.stop(StopWhy::Excluded, out);
+        } else {
+            self.chain.is_fresh_for(view);
+        }
     }
 
     /// This life ends. Told once; the permit goes first.
@@ -603,6 +699,8 @@ impl NodeCore {
     pub fn disk_event(&mut self, now: Boottime, event: QdiskEvent, out: &mut Vec<NodeAction>) {
         match event {
             QdiskEvent::Initialized => self.disk_ready = true,
+            QdiskEvent::Recorded(view) => self.chain.on_disk(view),
+            QdiskEvent::LastView(view) => self.view_shown(view, out),
             QdiskEvent::Renewed { at } => self.renewed_at = Some(at),
             QdiskEvent::Votes { view, until } => {
                 let held = self.held(now);
@@ -733,6 +831,7 @@ impl NodeCore {
             self.domain.tick(now, &mut acts);
             self.domain_actions(acts, out);
         }
+        self.record(now, out);
         self.shrink(now, out);
     }
 
@@ -812,23 +911,24 @@ impl NodeCore {
             }
         }
         // a quorum that rests on the device ends with its lease
-        let without = quorum::evaluate(
-            &Electorate { device_votes: self.electorate.device_votes, ..self.electorate },
-            &Standing {
-                voters: self.voters(),
-                members: view.members.len() as u32,
-                expected: self.expected,
-                effective: self.effective,
-                device_held: false,
-                waiting: false,
-            },
-        );
-        if !without.quorate
+        if !self.quorate_without_device()
             && let Some(lease) = self.lease
         {
             until = until.min(lease.until);
         }
         if now >= until { Err(why) } else { Ok((until, ViewId(view.id.seq))) }
+    }
+
+    fn quorate_without_device(&self) -> bool {
+        let standing = Standing {
+            voters: self.voters(),
+            members: self.view.as_ref().map_or(0, |v| v.members.len() as u32),
+            expected: self.expected,
+            effective: self.effective,
+            device_held: false,
+            waiting: false,
+        };
+        quorum::evaluate(&self.electorate, &standing).quorate
     }
 
     /// When something happens by time alone.
@@ -876,6 +976,9 @@ impl NodeCore {
         }
         if self.member(node).is_some() {
             return Err(format!("{} is a member of the cluster", self.config.name_of(node.0)));
+        }
+        if !self.domain.is_recorded() {
+            return Err("the members have not recorded this view yet; try again".to_owned());
         }
         let victims = self.domain.victims_of(node);
         if victims.is_empty() {
@@ -990,6 +1093,10 @@ impl NodeCore {
     }
     pub fn domain(&self) -> &Domain {
         &self.domain
+    }
+    /// Groups that write may be joined: this node is in the fence domain, and nobody can pass by its view without knowing.
+    pub fn may_join(&self) -> bool {
+        self.domain.joined() && self.domain.is_recorded()
     }
     /// Somebody who may have written is not proved dead.
     pub fn is_fencing(&self) -> bool {

@@ -17,7 +17,7 @@ use membership::ring::{Ring, Sabotage};
 use membership::stack::{End, Stack, StackAction};
 use qdisk::core::{Action as DiskAction, Input as DiskInput, Qdisk};
 use qdisk::ondisk::{EBlock, Slot};
-use qdisk::{MAX_NODES, QdiskEvent};
+use qdisk::{MAX_NODES, QdiskEvent, ViewName};
 use std::time::Duration;
 
 /// A daemon looks at its deadlines at least this often.
@@ -75,6 +75,7 @@ impl World {
             ..Sabotage::default()
         });
         let mut core = NodeCore::new(me, std::sync::Arc::clone(&self.config));
+        core.set_last_view(n.last_view);
         core.set_sabotage(node::Sabotage {
             quorum_off_by_one: self.mutant == Some(Mutant::QuorumOffByOne),
             votes_without_lease: self.mutant == Some(Mutant::VotesWithoutLease),
@@ -269,6 +270,11 @@ impl World {
         self.turn(i);
     }
 
+    pub(crate) fn view_recorded(&mut self, i: usize, view: ViewName) {
+        self.with(i, |stack, now, out| stack.view_recorded(now, view, out));
+        self.turn(i);
+    }
+
     /// One turn of the driver's loop.
     pub(crate) fn turn(&mut self, i: usize) {
         let local = self.local(i);
@@ -334,6 +340,10 @@ impl World {
             StackAction::Io(IoAction::Persist { ring_seq }) => {
                 let delay = self.between(MS, 10 * MS);
                 self.after(delay, Ev::Persisted { node: i, life, seq: ring_seq });
+            }
+            StackAction::RecordView(view) => {
+                let delay = self.between(MS, 10 * MS);
+                self.after(delay, Ev::Recorded { node: i, life, view });
             }
             StackAction::Io(IoAction::Confirm { .. }) | StackAction::Installed => {}
             StackAction::RingLog(line) => self.say(|| format!("n{} {line}", i + 1)),
@@ -588,7 +598,7 @@ impl World {
             }
             Call::Join(payload) => {
                 let payload = Bytes::from(payload);
-                if d.stack.core.domain().joined() {
+                if d.stack.core.may_join() {
                     self.join_now(i, client, payload);
                 } else {
                     d.pending_join = Some(payload);
