@@ -443,12 +443,12 @@ impl NodeCore {
                 (p, how)
             })
             .collect();
-        for (p, how) in &left {
-            if *how == Departure::Clean {
-                out.push(NodeAction::Disk(QdiskCommand::Gone(*p)));
-            } else {
-                out.push(NodeAction::Record(Record::NodeLost(*p)));
-            }
+        for l in view.left.iter().filter(|l| matches!(l.how, How::Clean | How::Removed)) {
+            // It said goodbye to the disk before the ring. Who is only no loss (it was never admitted) may go on counting a lease.
+            out.push(NodeAction::Disk(QdiskCommand::Gone(l.member.proc())));
+        }
+        for (p, _) in left.iter().filter(|(_, how)| *how != Departure::Clean) {
+            out.push(NodeAction::Record(Record::NodeLost(*p)));
         }
         let before = self.quorum;
         self.quorum = self.evaluate(now);

@@ -178,6 +178,8 @@ pub struct Qdisk {
     cfg: QdiskConfig,
     phase: Phase,
     io: Io,
+    /// Until then my last failed write may still land.
+    settled: Boottime,
     /// Start of the present cycle; the next begins `cycle` later.
     cycle_start: Boottime,
     peers: [Peer; MAX_NODES],
@@ -253,6 +255,7 @@ impl Qdisk {
         Self {
             phase: Phase::Watching { until: None, reads: 0 },
             io: Io::Rest(Boottime::ZERO),
+            settled: Boottime::ZERO,
             cycle_start: Boottime::ZERO,
             peers: Default::default(),
             seq: 0,
@@ -411,6 +414,7 @@ impl Qdisk {
         let settled = (submitted + self.cfg.io_limit).max(now);
         self.lease_landed(settled);
         self.pills_again();
+        self.settled = settled;
         self.io = Io::Rest(settled.max(self.cycle_start + self.cfg.cycle));
     }
 
@@ -564,7 +568,7 @@ impl Qdisk {
                 self.last_view = self.last_view.max(view);
                 self.recording = Some(view);
                 if let (Phase::Running, Io::Rest(at)) = (self.phase, self.io) {
-                    self.io = Io::Rest(at.min(now));
+                    self.io = Io::Rest(at.min(self.settled.max(now)));
                 }
             }
             QdiskCommand::StoppedKilled => self.finish(now, Flags::STOPPED_KILLED, out),

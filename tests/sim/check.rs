@@ -375,8 +375,8 @@ impl World {
         let v = usize::from(silent.node.0) - 1;
         let began = self.local_at(v, read_began);
         let Some(d) = self.nodes[v].daemon.as_ref().filter(|d| d.me == silent) else { return };
-        let until = d.renewed_seen + self.config.timing.stop_limit();
-        if d.renewed_seen <= began && began < until {
+        let known = d.renewals.iter().rev().find(|(at, _)| *at <= read_began);
+        if let Some((_, until)) = known.filter(|(_, until)| began < *until) {
             let early = until.since(began);
             self.audit.fail(format!("I11 {by} finds {silent} silent {early:?} before its permit ends"));
         }

@@ -18,6 +18,7 @@ use membership::stack::{End, Stack, StackAction};
 use qdisk::core::{Action as DiskAction, Input as DiskInput, Qdisk};
 use qdisk::ondisk::{EBlock, Slot};
 use qdisk::{MAX_NODES, QdiskEvent, ViewName};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// A daemon looks at its deadlines at least this often.
@@ -44,6 +45,8 @@ pub(crate) struct Daemon {
     pub(crate) dying: Option<u32>,
     pub(crate) token_seen: Boottime,
     pub(crate) renewed_seen: Boottime,
+    /// The last renewals: when it knew of them (true time), and how long they are good for.
+    pub(crate) renewals: VecDeque<(u64, Boottime)>,
 }
 
 impl World {
@@ -108,6 +111,7 @@ impl World {
             dying: None,
             token_seen: Boottime::ZERO,
             renewed_seen: Boottime::ZERO,
+            renewals: VecDeque::new(),
         });
         self.audit.life_begins(me);
         self.say(|| format!("n{} starts as {me}", i + 1));
@@ -560,9 +564,14 @@ impl World {
     pub(crate) fn disk_event(&mut self, i: usize, event: QdiskEvent) {
         match &event {
             QdiskEvent::Renewed { at } => {
-                let at = *at;
+                let (at, now) = (*at, self.now);
+                let until = at + self.config.timing.stop_limit();
                 if let Some(d) = &mut self.nodes[i].daemon {
                     d.renewed_seen = d.renewed_seen.max(at);
+                    d.renewals.push_back((now, until));
+                    if d.renewals.len() > 8 {
+                        d.renewals.pop_front();
+                    }
                     let me = d.me;
                     self.check_renewal(me, at);
                 }

@@ -171,7 +171,7 @@ fn faults_break_no_rule_and_the_healed_cluster_comes_together() {
         return;
     }
     let seeds = number("CAIRN_SIM_SEEDS").unwrap_or(SEEDS);
-    let (mut seen, mut steps, mut slowest, mut failed) = (Seen::default(), 0, 0, Vec::new());
+    let (mut seen, mut steps, mut slowest, mut failed) = (Seen::default(), 0, (0, 0), Vec::new());
     let mut results = many(1..seeds + 1, |seed| run(seed, Options::default()).0);
     for (seed, what) in FOUND.into_iter().filter(|(seed, _)| *seed > seeds) {
         results.push((seed, run(seed, Options::default()).0.map_err(|why| format!("{why} (once {what})"))));
@@ -181,7 +181,7 @@ fn faults_break_no_rule_and_the_healed_cluster_comes_together() {
             Ok(run) => {
                 seen.add(&run.seen);
                 steps += run.steps;
-                slowest = slowest.max(run.whole_after);
+                slowest = slowest.max((run.whole_after, seed));
             }
             Err(why) => {
                 println!("CAIRN_SIM_SEED={seed}: {}", &why[..why.len().min(400)]);
@@ -189,7 +189,11 @@ fn faults_break_no_rule_and_the_healed_cluster_comes_together() {
             }
         }
     }
-    println!("{seeds} seeds, {steps} events, whole after at most {} ms, {seen:?}", slowest / MS);
+    println!(
+        "{seeds} seeds, {steps} events, whole after at most {} ms (seed {}), {seen:?}",
+        slowest.0 / MS,
+        slowest.1
+    );
     if let Some((seed, why)) = failed.first() {
         tell(*seed, why);
         panic!("{} of {seeds} seeds failed", failed.len());
