@@ -60,6 +60,8 @@ pub trait LockMembers: Send + Sync {
     /// Quorum is lost: decide nothing.
     fn suspend(&self);
     fn resume(&self);
+    /// Dead mounts whose gates are shut, with "fenced already".
+    fn gates(&self) -> Vec<(Proc, bool)>;
 }
 
 /// What a mount that ended itself or was told to stop has to do.
@@ -361,17 +363,20 @@ impl Cluster {
         }
         let actions = self.state.lock().members.event(&self.group, &event);
         for action in actions {
-            self.carry_out(action, ready);
+            self.carry_out(action, Some(ready));
         }
         true
     }
 
-    fn carry_out(&self, action: Action, ready: &Sender<()>) {
+    fn carry_out(&self, action: Action, ready: Option<&Sender<()>>) {
         match action {
             Action::LockView { view, members, left_clean } => {
                 let contains_me = members.iter().any(|(p, _)| *p == self.me);
                 self.locks.set_view(ViewId(view), &members, &left_clean);
-                if contains_me && !std::mem::replace(&mut self.state.lock().joined, true) {
+                if contains_me
+                    && !std::mem::replace(&mut self.state.lock().joined, true)
+                    && let Some(ready) = ready
+                {
                     let _ = ready.send(());
                 }
             }
@@ -473,6 +478,11 @@ impl Cluster {
                 return Ok(());
             }
             if fence.in_domain && fence.victims.is_empty() && lost.is_empty() && current {
+                let gates = self.locks.gates();
+                let actions = self.state.lock().members.adopt(gates.into_iter());
+                for action in actions {
+                    self.carry_out(action, None);
+                }
                 return Ok(());
             }
             if Instant::now() >= until {

@@ -458,6 +458,10 @@ impl LockMembers for Space {
     fn resume(&self) {
         self.node.resume();
     }
+
+    fn gates(&self) -> Vec<(Proc, bool)> {
+        self.node.gates()
+    }
 }
 
 #[cfg(test)]

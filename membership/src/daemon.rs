@@ -40,7 +40,7 @@ use std::time::Duration;
 
 pub use disk::core_config;
 pub use life::ring_config;
-use runtime::Runtime;
+use runtime::{Durable, Runtime};
 use socket::Outbox;
 
 /// How long the processes of an earlier life may take to end.
@@ -91,7 +91,7 @@ enum Input {
     Closed { client: u32 },
     Agent { victim: Proc, result: Result<Proof, String>, tried: Vec<String> },
     Disk(QdiskEvent),
-    Persisted { seq: u64, result: io::Result<()> },
+    Persisted { what: Durable, result: io::Result<()> },
 }
 
 /// The network under the ring: sealed datagrams.

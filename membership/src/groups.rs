@@ -121,6 +121,8 @@ pub struct Groups<E> {
     floor: u64,
     /// What may not be refused (leave, death of a client) and waits for room, in order.
     owed: VecDeque<Bytes>,
+    /// Joins, leaves and deaths of my clients that have not come back ordered.
+    moves: usize,
     round: Option<Round>,
     /// Members of the last installed view.
     members: Vec<Member>,
@@ -152,6 +154,7 @@ impl<E: Engine> Groups<E> {
             join_no: 0,
             floor: 0,
             owed: VecDeque::new(),
+            moves: 0,
             round: None,
             members: Vec::new(),
             excluded: BTreeSet::new(),
@@ -195,6 +198,7 @@ impl<E: Engine> Groups<E> {
             return Err(e.into());
         }
         self.join_no = join_no;
+        self.moves += 1;
         self.clients.entry(client).or_default().groups.insert(group.clone(), 0);
         Ok(())
     }
@@ -213,7 +217,13 @@ impl<E: Engine> Groups<E> {
         }
     }
 
+    /// Who is in which group because of this node is known to all: nothing of it is on its way.
+    pub fn is_settled(&self) -> bool {
+        self.moves == 0
+    }
+
     fn owe(&mut self, message: &Wire) {
+        self.moves += 1;
         self.owed.push_back(message.encode());
         self.pay();
     }
@@ -357,6 +367,8 @@ impl<E: Engine> Groups<E> {
             return;
         };
         let who = |client| GroupMember { node: from.node, incarnation: from.incarnation, client };
+        let is_move = matches!(message, Wire::Join { .. } | Wire::Leave { .. } | Wire::ProcDown { .. });
+        self.moves -= usize::from(is_move && from.proc() == self.me);
         match message {
             Wire::Join { client, join_no, group, payload } => {
                 self.on_join(GroupEntry { member: who(client), join_no, payload }, group, out);

@@ -7,6 +7,8 @@
 //! Rules of self-stop that are decided here: SS1 (view not quorate: no permit), SS2 (no token: the permit runs out by
 //! itself), SS3 (disk not renewed), SS4 (killed), SS5 (a quorate view went on without this life).
 
+mod chain;
+
 use crate::config::{Config, Dialect};
 use crate::event::{GroupMessage, GroupView, GroupsEvent, How, Reason, RingId, View};
 use crate::fence::domain::{
@@ -19,6 +21,7 @@ use crate::ipc::{
 use crate::quorum::{self, Electorate, Quorum, Standing};
 use bytes::Bytes;
 use cairn_base::{Boottime, Incarnation, NodeId, Proc, ViewId};
+use chain::{Chain, Step};
 use qdisk::event::{QdiskCommand, QdiskEvent, RingView};
 use qdisk::{DiskState, ViewName};
 use serde::{Deserialize, Serialize};
@@ -36,11 +39,20 @@ const MOUNTS_REMEMBERED: usize = 1024;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum NodeMsg {
     Domain(DomainMsg),
+    /// The sender has installed this view.
+    Installed(ViewName),
+    /// The sender has recorded it.
+    Recorded(ViewName),
     /// An evicted life is out of the view: the electorate may shrink to what is there.
     Shrink(Proc),
     Expected(u32),
     /// That life must stop.
     Kill(Proc),
+    /// A mount process of the sender's node must end without a leave. Comes before its groups hear of it.
+    MountDying {
+        client: u32,
+        fs: String,
+    },
     /// The mount process of the sender's node is gone, its I/O done.
     MountGone {
         client: u32,
@@ -58,6 +70,11 @@ struct NodeSync {
     all_seen: bool,
     config_version: u32,
     domain: DomainSync,
+    /// Mount processes of this node that are ending.
+    dying: Vec<(u32, String)>,
+    /// The newest recorded view that this node knows of, and those that its state includes.
+    last: ViewName,
+    included: Vec<ViewName>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -70,27 +87,50 @@ struct NodeMerged {
     /// Nodes whose configuration is not the newest among us.
     outdated: Vec<NodeId>,
     domain: DomainMerged,
+    dying: BTreeMap<(Proc, u32), String>,
+    last: ViewName,
+    /// What the states of those who go on include.
+    included: BTreeSet<ViewName>,
+    /// Lives with state that does not include the last recorded view.
+    passed_by: BTreeSet<Proc>,
 }
 
 /// The merge function for `Groups`. A part that does not decode (another version) is as if the node knew nothing.
 pub fn merge(_ring: &RingId, ring_parts: &[(crate::event::Member, Bytes)]) -> Agreed {
-    let parts: Vec<(NodeId, NodeSync)> = ring_parts
+    let parts: Vec<(Proc, NodeSync)> = ring_parts
         .iter()
-        .filter_map(|(m, bytes)| postcard::from_bytes(bytes).ok().map(|sync| (m.node, sync)))
+        .filter_map(|(m, bytes)| postcard::from_bytes(bytes).ok().map(|sync| (m.proc(), sync)))
         .collect();
     let newest = parts.iter().map(|(_, s)| s.config_version).max().unwrap_or(0);
+    let last = parts.iter().map(|(_, s)| s.last).max().unwrap_or(ViewName::NONE);
+    let is_passed_by =
+        |s: &NodeSync| s.domain.state.formed && last != ViewName::NONE && !s.included.contains(&last);
+    let passed_by: BTreeSet<Proc> = parts.iter().filter(|(_, s)| is_passed_by(s)).map(|(p, _)| *p).collect();
+    let dying = parts.iter().flat_map(|(p, s)| s.dying.iter().map(|(c, fs)| ((*p, *c), fs.clone())));
     let merged = NodeMerged {
         same_past: parts.windows(2).all(|w| w[0].1.past == w[1].1.past),
         expected: parts.iter().map(|(_, s)| s.expected).max().unwrap_or(0),
         effective: parts.iter().map(|(_, s)| s.effective).max().unwrap_or(0),
         all_seen: parts.iter().any(|(_, s)| s.all_seen),
-        outdated: parts.iter().filter(|(_, s)| s.config_version < newest).map(|(n, _)| *n).collect(),
-        domain: domain::merge(parts.iter().map(|(n, s)| (*n, &s.domain))),
+        outdated: parts.iter().filter(|(_, s)| s.config_version < newest).map(|(p, _)| p.node).collect(),
+        domain: domain::merge(parts.iter().map(|(p, s)| (p.node, &s.domain)), &passed_by),
+        dying: dying.collect(),
+        last,
+        included: parts
+            .iter()
+            .filter(|(p, _)| !passed_by.contains(p))
+            .flat_map(|(_, s)| s.included.iter().copied())
+            .collect(),
+        passed_by,
     };
     let excluded = ring_parts
         .iter()
         .map(|(m, _)| m.proc())
-        .filter(|p| merged.outdated.contains(&p.node) || merged.domain.state.is_excluded(*p))
+        .filter(|p| {
+            merged.outdated.contains(&p.node)
+                || merged.passed_by.contains(p)
+                || merged.domain.state.is_excluded(*p)
+        })
         .collect();
     Agreed { state: postcard::to_stdvec(&merged).unwrap_or_default(), excluded }
 }
@@ -121,7 +161,9 @@ pub enum NodeAction {
         event: ClusterEvent,
     },
     Disk(QdiskCommand),
-    /// The node is in the fence domain now: groups that write may be joined.
+    /// Into this node's file, durably; answered by [`NodeCore::view_recorded`].
+    RecordView(ViewName),
+    /// The node is in the fence domain, and its view is recorded: groups that write may be joined.
     Admitted,
     /// My leave of the domain has been delivered.
     LeftDomain,
@@ -171,6 +213,7 @@ pub struct NodeCore {
     config: Arc<Config>,
     electorate: Electorate,
     domain: Domain,
+    chain: Chain,
     view: Option<Current>,
     expected: u32,
     effective: u32,
@@ -188,6 +231,8 @@ pub struct NodeCore {
     stopping: Option<StopWhy>,
     leaving: bool,
     mounts_gone: BTreeMap<(Proc, u32), String>,
+    /// Mounts whose groups have lost them and whose end is not proved, on nodes that are here: victims as nodes are.
+    mounts_dying: BTreeMap<(Proc, u32), String>,
     /// For the status: ring sequence and wall time at which each member joined.
     joined: BTreeMap<NodeId, (u64, u64, Incarnation)>,
     last_token: Boottime,
@@ -251,6 +296,7 @@ impl NodeCore {
             me,
             electorate,
             domain,
+            chain: Chain::default(),
             view: None,
             expected,
             effective: expected,
@@ -268,11 +314,17 @@ impl NodeCore {
             stopping: None,
             leaving: false,
             mounts_gone: BTreeMap::new(),
+            mounts_dying: BTreeMap::new(),
             joined: BTreeMap::new(),
             last_token: Boottime::ZERO,
             sabotage: Sabotage::default(),
             config,
         }
+    }
+
+    /// The last view that an earlier life of this node has recorded.
+    pub fn set_last_view(&mut self, last: ViewName) {
+        self.chain.start(last);
     }
 
     /// For simulations only.
@@ -316,6 +368,9 @@ impl NodeCore {
 
     /// The ring left OPERATIONAL: nothing new is counted for its view.
     pub fn ring_broken(&mut self, out: &mut Vec<NodeAction>) {
+        self.chain.broken();
+        self.domain.set_recorded(false);
+        self.was_admitted = false;
         if self.config.quorumd.is_some() {
             out.push(NodeAction::Disk(QdiskCommand::View(None)));
         }
@@ -329,6 +384,14 @@ impl NodeCore {
             all_seen: self.all_seen,
             config_version: self.config.version,
             domain: self.domain.sync(),
+            dying: self
+                .mounts_dying
+                .iter()
+                .filter(|((p, _), _)| *p == self.me)
+                .map(|((_, c), fs)| (*c, fs.clone()))
+                .collect(),
+            last: self.chain.last(),
+            included: self.chain.included(),
         }
     }
 
@@ -345,6 +408,11 @@ impl NodeCore {
         self.all_seen = merged.all_seen || self.config.nodes.iter().all(|n| present.contains(&NodeId(n.id)));
         self.evicted.retain(|p| !members.iter().any(|m| m.node == p.node && m.incarnation >= p.incarnation));
         self.shrink_sent.clear();
+        // Each node speaks for its own; those of a node that is gone end with it.
+        self.mounts_dying = merged.dying;
+        self.chain.view(name_of(view.id), &members, merged.last, &merged.included);
+        self.was_admitted = false;
+        send(&NodeMsg::Installed(name_of(view.id)), true, out);
         for m in &members {
             let entry = self.joined.entry(m.node).or_insert((0, 0, Incarnation(0)));
             if entry.2 != m.incarnation || view.joined.iter().any(|j| j.proc() == *m) {
@@ -375,12 +443,12 @@ impl NodeCore {
                 (p, how)
             })
             .collect();
-        for (p, how) in &left {
-            if *how == Departure::Clean {
-                out.push(NodeAction::Disk(QdiskCommand::Gone(*p)));
-            } else {
-                out.push(NodeAction::Record(Record::NodeLost(*p)));
-            }
+        for l in view.left.iter().filter(|l| matches!(l.how, How::Clean | How::Removed)) {
+            // It said goodbye to the disk before the ring. Who is only no loss (it was never admitted) may go on counting a lease.
+            out.push(NodeAction::Disk(QdiskCommand::Gone(l.member.proc())));
+        }
+        for (p, _) in left.iter().filter(|(_, how)| *how != Departure::Clean) {
+            out.push(NodeAction::Record(Record::NodeLost(*p)));
         }
         let before = self.quorum;
         self.quorum = self.evaluate(now);
@@ -415,6 +483,9 @@ impl NodeCore {
         self.domain.view(now, view.seq, &members, merged.domain, unix, &mut acts);
         self.domain.quorate(now, self.may_fence(quorate), &mut acts);
         self.domain_actions(acts, out);
+        if merged.passed_by.contains(&self.me) {
+            self.stop(StopWhy::Excluded, out);
+        }
         if merged.outdated.contains(&self.me.node) {
             let text =
                 "Activity suspended on this node: its configuration is older than the cluster's".to_owned();
@@ -450,6 +521,8 @@ impl NodeCore {
                     out.push(NodeAction::LeftDomain);
                 }
             }
+            NodeMsg::Installed(view) => self.chain.installed(from, view),
+            NodeMsg::Recorded(view) => self.chain.recorded(from, view),
             NodeMsg::Shrink(p) => {
                 let here = self.view.as_ref().is_some_and(|v| v.members.iter().any(|m| m.proc() == p));
                 if self.electorate.shrinks && !here {
@@ -471,7 +544,15 @@ impl NodeCore {
                 self.stop(StopWhy::Killed, out);
             }
             NodeMsg::Kill(p) => out.push(NodeAction::HintDead(p)),
+            NodeMsg::MountDying { client, fs } => {
+                if !self.mounts_gone.contains_key(&(from, client)) {
+                    let scope = Scope::Mount { client, fs: fs.clone() };
+                    self.mounts_dying.insert((from, client), fs);
+                    out.push(NodeAction::Event(ClusterEvent::FencePending { proc: from, scope }));
+                }
+            }
             NodeMsg::MountGone { client, fs } => {
+                self.mounts_dying.remove(&(from, client));
                 if self.mounts_gone.insert((from, client), fs.clone()).is_none() {
                     let scope = Scope::Mount { client, fs };
                     let view = ViewId(self.view.as_ref().map_or(0, |v| v.id.seq));
@@ -509,6 +590,8 @@ impl NodeCore {
                 DomainAction::Fenced { proc, proof, .. } => {
                     self.mounts_gone
                         .retain(|(p, _), _| p.node != proc.node || p.incarnation > proc.incarnation);
+                    self.mounts_dying
+                        .retain(|(p, _), _| p.node != proc.node || p.incarnation > proc.incarnation);
                     if self.config.quorumd.is_some() && proc.incarnation != Incarnation(0) {
                         out.push(NodeAction::Disk(QdiskCommand::Gone(proc)));
                     }
@@ -539,11 +622,55 @@ impl NodeCore {
                 DomainAction::Excluded => self.stop(StopWhy::Excluded, out),
             }
         }
-        let admitted = self.domain.joined();
+        self.admit(out);
+    }
+
+    fn admit(&mut self, out: &mut Vec<NodeAction>) {
+        let admitted = self.may_join();
         if admitted && !self.was_admitted {
             out.push(NodeAction::Admitted);
         }
         self.was_admitted = admitted;
+    }
+
+    /// Records the present view, step by step; then the domain may decide.
+    fn record(&mut self, now: Boottime, out: &mut Vec<NodeAction>) {
+        let quorate = self.quorum.quorate && self.stopping.is_none();
+        let by_device = quorate && !self.quorate_without_device();
+        match self.chain.step(quorate, by_device) {
+            Some(Step::Record(view)) => {
+                if self.config.quorumd.is_some() {
+                    out.push(NodeAction::Disk(QdiskCommand::Record(view)));
+                }
+                out.push(NodeAction::RecordView(view));
+            }
+            Some(Step::Say(view)) => send(&NodeMsg::Recorded(view), true, out),
+            None => {}
+        }
+        if self.chain.is_recorded() && !self.domain.is_recorded() {
+            self.domain.set_recorded(true);
+            let mut acts = Vec::new();
+            self.domain.tick(now, &mut acts);
+            self.domain_actions(acts, out);
+        }
+    }
+
+    /// This view is in the file.
+    pub fn view_recorded(&mut self, now: Boottime, view: ViewName, out: &mut Vec<NodeAction>) {
+        self.chain.in_file(view);
+        self.tick(now, out);
+    }
+
+    /// A view is on the disk in which something may have been decided. Who has state that does not include it was passed by.
+    fn view_shown(&mut self, view: ViewName, out: &mut Vec<NodeAction>) {
+        if self.chain.shown(view) {
+            return;
+        }
+        if self.domain.state().formed {
+            self.stop(StopWhy::Excluded, out);
+        } else {
+            self.chain.is_fresh_for(view);
+        }
     }
 
     /// This life ends. Told once; the permit goes first.
@@ -572,6 +699,8 @@ impl NodeCore {
     pub fn disk_event(&mut self, now: Boottime, event: QdiskEvent, out: &mut Vec<NodeAction>) {
         match event {
             QdiskEvent::Initialized => self.disk_ready = true,
+            QdiskEvent::Recorded(view) => self.chain.on_disk(view),
+            QdiskEvent::LastView(view) => self.view_shown(view, out),
             QdiskEvent::Renewed { at } => self.renewed_at = Some(at),
             QdiskEvent::Votes { view, until } => {
                 let held = self.held(now);
@@ -702,6 +831,7 @@ impl NodeCore {
             self.domain.tick(now, &mut acts);
             self.domain_actions(acts, out);
         }
+        self.record(now, out);
         self.shrink(now, out);
     }
 
@@ -781,23 +911,24 @@ impl NodeCore {
             }
         }
         // a quorum that rests on the device ends with its lease
-        let without = quorum::evaluate(
-            &Electorate { device_votes: self.electorate.device_votes, ..self.electorate },
-            &Standing {
-                voters: self.voters(),
-                members: view.members.len() as u32,
-                expected: self.expected,
-                effective: self.effective,
-                device_held: false,
-                waiting: false,
-            },
-        );
-        if !without.quorate
+        if !self.quorate_without_device()
             && let Some(lease) = self.lease
         {
             until = until.min(lease.until);
         }
         if now >= until { Err(why) } else { Ok((until, ViewId(view.id.seq))) }
+    }
+
+    fn quorate_without_device(&self) -> bool {
+        let standing = Standing {
+            voters: self.voters(),
+            members: self.view.as_ref().map_or(0, |v| v.members.len() as u32),
+            expected: self.expected,
+            effective: self.effective,
+            device_held: false,
+            waiting: false,
+        };
+        quorum::evaluate(&self.electorate, &standing).quorate
     }
 
     /// When something happens by time alone.
@@ -846,6 +977,9 @@ impl NodeCore {
         if self.member(node).is_some() {
             return Err(format!("{} is a member of the cluster", self.config.name_of(node.0)));
         }
+        if !self.domain.is_recorded() {
+            return Err("the members have not recorded this view yet; try again".to_owned());
+        }
         let victims = self.domain.victims_of(node);
         if victims.is_empty() {
             return Err(format!("{} is not waiting to be fenced", self.config.name_of(node.0)));
@@ -872,6 +1006,12 @@ impl NodeCore {
         if self.config.quorumd.is_some() {
             out.push(NodeAction::Disk(QdiskCommand::Gone(p)));
         }
+    }
+
+    /// A mount process of this node must end, and its groups will hear that it is lost: nobody may take it for dead before its end.
+    pub fn mount_dying(&mut self, client: u32, fs: String, out: &mut Vec<NodeAction>) {
+        self.mounts_dying.insert((self.me, client), fs.clone());
+        send(&NodeMsg::MountDying { client, fs }, true, out);
     }
 
     /// A mount process of this node is gone, seen by its exit: tell everybody.
@@ -923,6 +1063,10 @@ impl NodeCore {
         for victim in self.domain.state().victims.keys() {
             events.push(ClusterEvent::FencePending { proc: *victim, scope: Scope::Node });
         }
+        for ((proc, client), fs) in &self.mounts_dying {
+            let scope = Scope::Mount { client: *client, fs: fs.clone() };
+            events.push(ClusterEvent::FencePending { proc: *proc, scope });
+        }
         // Proofs are told once: of the dead that others tell a newcomer of, it would never hear that they are dead.
         let view = ViewId(self.view.as_ref().map_or(0, |v| v.id.seq));
         for (node, gone) in &self.domain.state().gone {
@@ -949,6 +1093,17 @@ impl NodeCore {
     }
     pub fn domain(&self) -> &Domain {
         &self.domain
+    }
+    /// Groups that write may be joined: this node is in the fence domain, and nobody can pass by its view without knowing.
+    pub fn may_join(&self) -> bool {
+        self.domain.joined() && self.domain.is_recorded()
+    }
+    /// Somebody who may have written is not proved dead.
+    pub fn is_fencing(&self) -> bool {
+        !self.domain.state().victims.is_empty() || !self.mounts_dying.is_empty()
+    }
+    pub fn mounts_dying(&self) -> impl Iterator<Item = (Proc, &str)> {
+        self.mounts_dying.iter().map(|((p, _), fs)| (*p, fs.as_str()))
     }
     pub fn quorum(&self) -> Quorum {
         self.quorum

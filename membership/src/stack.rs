@@ -17,7 +17,7 @@ use crate::ring::log::{RingLog, State};
 use crate::timing::Timing;
 use bytes::Bytes;
 use cairn_base::{Boottime, Proc, ViewId};
-use qdisk::{QdiskCommand, QdiskEvent};
+use qdisk::{QdiskCommand, QdiskEvent, ViewName};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -76,6 +76,8 @@ pub enum StackAction {
         event: ClusterEvent,
     },
     Disk(QdiskCommand),
+    /// Into the file of the last recorded view; answered by [`Stack::view_recorded`].
+    RecordView(ViewName),
     /// Groups that write may be joined.
     Admitted,
     /// End all mount processes; `end_step` is told when none is left.
@@ -202,6 +204,13 @@ impl<E: Engine> Stack<E> {
         self.durable_seq = self.durable_seq.max(seq);
     }
 
+    /// This view is in the file, durably.
+    pub fn view_recorded(&mut self, now: Boottime, view: ViewName, out: Out<'_>) {
+        let mut acts = Vec::new();
+        self.core.view_recorded(now, view, &mut acts);
+        self.perform(now, acts, out);
+    }
+
     pub fn disk_event(&mut self, now: Boottime, event: QdiskEvent, out: Out<'_>) {
         match &event {
             QdiskEvent::Ended => self.disk_ended = true,
@@ -228,6 +237,7 @@ impl<E: Engine> Stack<E> {
                     out.push(StackAction::ToClients { clients, event });
                 }
                 NodeAction::Disk(command) => out.push(StackAction::Disk(command)),
+                NodeAction::RecordView(view) => out.push(StackAction::RecordView(view)),
                 NodeAction::Admitted => out.push(StackAction::Admitted),
                 NodeAction::LeftDomain => {
                     if self.phase == Phase::LeavingDomain {
@@ -239,6 +249,17 @@ impl<E: Engine> Stack<E> {
                 NodeAction::Record(record) => out.push(StackAction::Record(record)),
             }
         }
+    }
+
+    /// A local client's connection is closed. `mount`: it was a mount of this file system, and did not leave its groups; until
+    /// [`NodeCore::mount_gone`] it may still write.
+    pub fn client_gone(&mut self, now: Boottime, client: u32, mount: Option<String>, out: Out<'_>) {
+        if let Some(fs) = mount {
+            let mut acts = Vec::new();
+            self.core.mount_dying(client, fs, &mut acts);
+            self.perform(now, acts, out);
+        }
+        self.groups.client_gone(client);
     }
 
     // ---- one turn of the driver ----
@@ -338,7 +359,8 @@ impl<E: Engine> Stack<E> {
                     self.stop(StopWhy::Shutdown, out);
                 }
             }
-            Phase::LeavingMounts if !mounts => {
+            // The leave of the domain goes before everything that clients send: others would find their mounts lost, and nobody to fence.
+            Phase::LeavingMounts if !mounts && self.groups.is_settled() => {
                 let mut acts = Vec::new();
                 self.phase = Phase::LeavingDomain;
                 let wait = self.core.leave_domain(&mut acts);

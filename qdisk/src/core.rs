@@ -178,6 +178,8 @@ pub struct Qdisk {
     cfg: QdiskConfig,
     phase: Phase,
     io: Io,
+    /// Until then my last failed write may still land.
+    settled: Boottime,
     /// Start of the present cycle; the next begins `cycle` later.
     cycle_start: Boottime,
     peers: [Peer; MAX_NODES],
@@ -196,6 +198,11 @@ pub struct Qdisk {
     quorate: bool,
     dirty: bool,
     ring_seq: u64,
+    /// The newest recorded view that I know of, and the one of mine that is to be reported when it has landed.
+    last_view: ViewName,
+    recording: Option<ViewName>,
+    /// The same, in the block that is on its way.
+    recording_sent: Option<ViewName>,
     highest_incarnation: Incarnation,
     score: u16,
     score_max: u16,
@@ -248,6 +255,7 @@ impl Qdisk {
         Self {
             phase: Phase::Watching { until: None, reads: 0 },
             io: Io::Rest(Boottime::ZERO),
+            settled: Boottime::ZERO,
             cycle_start: Boottime::ZERO,
             peers: Default::default(),
             seq: 0,
@@ -261,6 +269,9 @@ impl Qdisk {
             quorate: false,
             dirty: false,
             ring_seq: 0,
+            last_view: ViewName::NONE,
+            recording: None,
+            recording_sent: None,
             highest_incarnation: cfg.me.incarnation,
             score: 1,
             score_max: 1,
@@ -370,6 +381,7 @@ impl Qdisk {
         let status = self.status_block();
         self.election.written(self.seq);
         self.kills_sent = self.kills;
+        self.recording_sent = self.recording;
         self.io = Io::Writing { submitted: now };
         out.push(Action::Write {
             block: Box::new(block),
@@ -385,6 +397,10 @@ impl Qdisk {
             self.pills_again();
         }
         self.kills_landed(now, out);
+        if let Some(view) = self.recording_sent.take() {
+            self.recording = self.recording.filter(|v| *v > view);
+            out.push(Action::Event(QdiskEvent::Recorded(view)));
+        }
         if self.phase == Phase::Stopping && self.last_word.is_some() {
             self.io = Io::Over;
             out.push(Action::Event(QdiskEvent::Ended));
@@ -398,6 +414,7 @@ impl Qdisk {
         let settled = (submitted + self.cfg.io_limit).max(now);
         self.lease_landed(settled);
         self.pills_again();
+        self.settled = settled;
         self.io = Io::Rest(settled.max(self.cycle_start + self.cfg.cycle));
     }
 
@@ -418,6 +435,11 @@ impl Qdisk {
         self.cycle_times.last = took;
         self.cycle_times.average = (self.cycle_times.average * 59 + took) / 60;
         self.look(now, started, slots, out);
+        let shown = self.peers.iter().filter_map(|p| p.last.as_ref()).map(|b| b.last_view).max();
+        if let Some(view) = shown.filter(|v| *v > self.last_view) {
+            self.last_view = view;
+            out.push(Action::Event(QdiskEvent::LastView(view)));
+        }
         self.last_read_end = Some(now);
         match self.phase {
             Phase::Watching { .. } => self.watched(now, slots, out),
@@ -542,6 +564,13 @@ impl Qdisk {
             QdiskCommand::Kill(victim) => self.order_pill(victim, out),
             QdiskCommand::Dirty(d) => self.dirty = d,
             QdiskCommand::RingSeq(s) => self.ring_seq = self.ring_seq.max(s),
+            QdiskCommand::Record(view) => {
+                self.last_view = self.last_view.max(view);
+                self.recording = Some(view);
+                if let (Phase::Running, Io::Rest(at)) = (self.phase, self.io) {
+                    self.io = Io::Rest(at.min(self.settled.max(now)));
+                }
+            }
             QdiskCommand::StoppedKilled => self.finish(now, Flags::STOPPED_KILLED, out),
             QdiskCommand::Leave => self.finish(now, Flags::STOPPED_CLEAN, out),
             QdiskCommand::Abort => {
@@ -707,6 +736,7 @@ impl Qdisk {
             highest_incarnation: self.highest_incarnation,
             kill: self.kills,
             seen,
+            last_view: self.last_view,
         }
     }
 

@@ -62,6 +62,8 @@ pub enum QdiskCommand {
     Dirty(bool),
     /// Highest ring sequence number used; goes into the own block.
     RingSeq(u64),
+    /// In this view something will be decided: onto the disk with it, at once. Answered by [`QdiskEvent::Recorded`].
+    Record(ViewName),
     /// All mounts of this node are proven gone after a kill: write stopped-killed, then end. Answered by `Ended`.
     StoppedKilled,
     /// Leave cleanly: resign, write stopped-clean, then end. Answered by `Ended`.
@@ -188,6 +190,10 @@ pub enum QdiskEvent {
         ring_seq: u64,
         incarnation: Incarnation,
     },
+    /// This view, named by [`QdiskCommand::Record`], is on the disk.
+    Recorded(ViewName),
+    /// The newest view that any block records; comes before the votes of the read that showed it.
+    LastView(ViewName),
     /// The thread writes nothing any more (after `Leave`, `StoppedKilled`, `Abort`, or a fatal error).
     Ended,
     /// A line for the log, in the historical words.

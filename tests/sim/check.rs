@@ -375,8 +375,8 @@ impl World {
         let v = usize::from(silent.node.0) - 1;
         let began = self.local_at(v, read_began);
         let Some(d) = self.nodes[v].daemon.as_ref().filter(|d| d.me == silent) else { return };
-        let until = d.renewed_seen + self.config.timing.stop_limit();
-        if d.renewed_seen <= began && began < until {
+        let known = d.renewals.iter().rev().find(|(at, _)| *at <= read_began);
+        if let Some((_, until)) = known.filter(|(_, until)| began < *until) {
             let early = until.since(began);
             self.audit.fail(format!("I11 {by} finds {silent} silent {early:?} before its permit ends"));
         }
@@ -564,8 +564,12 @@ impl World {
 
     // ---- journals ----
 
-    /// A replay begins: the owner must be proved dead.
+    /// A replay begins: the owner must be proved dead. A recoverer that is proved dead itself (cut from the LUN while it slept) changes
+    /// nothing any more; that none of its writes lands is I9.
     pub(crate) fn check_replay(&mut self, who: Proc, jid: usize, dead: Option<Proc>) {
+        if self.audit.mount_fenced(who) {
+            return;
+        }
         self.audit.seen.entries += self.lun.journals[jid].len() as u64;
         let owner = self.lun.journal_of[jid].filter(|o| *o != who);
         for o in owner.into_iter().chain(dead) {
@@ -624,6 +628,9 @@ impl World {
 
     /// Why the cluster is not whole yet; empty when it is.
     pub(crate) fn missing(&self) -> String {
+        if self.agents > 0 {
+            return format!("{} fence agents run", self.agents);
+        }
         let mut first = None;
         for (i, n) in self.nodes.iter().enumerate() {
             let local = self.local(i);

@@ -17,7 +17,8 @@ use membership::ring::{Ring, Sabotage};
 use membership::stack::{End, Stack, StackAction};
 use qdisk::core::{Action as DiskAction, Input as DiskInput, Qdisk};
 use qdisk::ondisk::{EBlock, Slot};
-use qdisk::{MAX_NODES, QdiskEvent};
+use qdisk::{MAX_NODES, QdiskEvent, ViewName};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// A daemon looks at its deadlines at least this often.
@@ -40,10 +41,12 @@ pub(crate) struct Daemon {
     joined: bool,
     pending_join: Option<Bytes>,
     retry: Vec<Call>,
-    /// A mount process that must end: client, and whether the others must be told.
-    pub(crate) dying: Option<(u32, bool)>,
+    /// A mount process that was in its group and must end.
+    pub(crate) dying: Option<u32>,
     pub(crate) token_seen: Boottime,
     pub(crate) renewed_seen: Boottime,
+    /// The last renewals: when it knew of them (true time), and how long they are good for.
+    pub(crate) renewals: VecDeque<(u64, Boottime)>,
 }
 
 impl World {
@@ -75,6 +78,7 @@ impl World {
             ..Sabotage::default()
         });
         let mut core = NodeCore::new(me, std::sync::Arc::clone(&self.config));
+        core.set_last_view(n.last_view);
         core.set_sabotage(node::Sabotage {
             quorum_off_by_one: self.mutant == Some(Mutant::QuorumOffByOne),
             votes_without_lease: self.mutant == Some(Mutant::VotesWithoutLease),
@@ -107,6 +111,7 @@ impl World {
             dying: None,
             token_seen: Boottime::ZERO,
             renewed_seen: Boottime::ZERO,
+            renewals: VecDeque::new(),
         });
         self.audit.life_begins(me);
         self.say(|| format!("n{} starts as {me}", i + 1));
@@ -142,7 +147,11 @@ impl World {
             return;
         }
         self.say(|| format!("n{} crashes: {why}", i + 1));
-        self.lose_io(i);
+        if self.nodes[i].blocked {
+            self.settle_io(i, u64::MAX);
+        } else {
+            self.lose_io(i);
+        }
         self.end_daemon(i);
         self.end_mount(i, MountEnd::Killed);
         let n = &mut self.nodes[i];
@@ -265,6 +274,11 @@ impl World {
         self.turn(i);
     }
 
+    pub(crate) fn view_recorded(&mut self, i: usize, view: ViewName) {
+        self.with(i, |stack, now, out| stack.view_recorded(now, view, out));
+        self.turn(i);
+    }
+
     /// One turn of the driver's loop.
     pub(crate) fn turn(&mut self, i: usize) {
         let local = self.local(i);
@@ -331,6 +345,10 @@ impl World {
                 let delay = self.between(MS, 10 * MS);
                 self.after(delay, Ev::Persisted { node: i, life, seq: ring_seq });
             }
+            StackAction::RecordView(view) => {
+                let delay = self.between(MS, 10 * MS);
+                self.after(delay, Ev::Recorded { node: i, life, view });
+            }
             StackAction::Io(IoAction::Confirm { .. }) | StackAction::Installed => {}
             StackAction::RingLog(line) => self.say(|| format!("n{} {line}", i + 1)),
             StackAction::Installing(view) => self.check_view(i, &view),
@@ -383,11 +401,13 @@ impl World {
         let ok = self.healed || !self.rng.chance(1, 6);
         let slow = !self.healed && self.rng.chance(1, 6);
         let d = if slow { self.between(1500, 6000) } else { self.between(20, 600) };
+        self.agents += 1;
         self.after(d * MS, Ev::AgentEffect { by: i, life, victim, probe, ok });
     }
 
     /// The agent does its work, also when the node that ran it is gone by now.
     pub(crate) fn agent_effect(&mut self, by: usize, life: u64, victim: Proc, probe: bool, ok: bool) {
+        self.agents -= 1;
         let v = usize::from(victim.node.0) - 1;
         let later = victim.incarnation.0 != 0 && self.nodes[v].incarnation > victim.incarnation.0;
         let idle = self.nodes[v].daemon.is_none()
@@ -544,9 +564,14 @@ impl World {
     pub(crate) fn disk_event(&mut self, i: usize, event: QdiskEvent) {
         match &event {
             QdiskEvent::Renewed { at } => {
-                let at = *at;
+                let (at, now) = (*at, self.now);
+                let until = at + self.config.timing.stop_limit();
                 if let Some(d) = &mut self.nodes[i].daemon {
                     d.renewed_seen = d.renewed_seen.max(at);
+                    d.renewals.push_back((now, until));
+                    if d.renewals.len() > 8 {
+                        d.renewals.pop_front();
+                    }
                     let me = d.me;
                     self.check_renewal(me, at);
                 }
@@ -582,7 +607,7 @@ impl World {
             }
             Call::Join(payload) => {
                 let payload = Bytes::from(payload);
-                if d.stack.core.domain().joined() {
+                if d.stack.core.may_join() {
                     self.join_now(i, client, payload);
                 } else {
                     d.pending_join = Some(payload);
@@ -637,8 +662,8 @@ impl World {
         d.pending_join = None;
         d.retry.clear();
         if std::mem::take(&mut d.joined) {
-            d.dying = Some((client, true));
-            d.stack.groups.client_gone(client);
+            d.dying = Some(client);
+            self.with(i, |stack, now, out| stack.client_gone(now, client, Some("vol".into()), out));
             self.end_mount(i, MountEnd::Killed);
         }
     }
@@ -646,8 +671,7 @@ impl World {
     /// The mount process has ended, its I/O done.
     pub(crate) fn mount_gone(&mut self, i: usize) {
         if let Some(d) = &mut self.nodes[i].daemon
-            && let Some((client, told)) = d.dying.take()
-            && told
+            && let Some(client) = d.dying.take()
         {
             self.with(i, |stack, now, out| {
                 let mut acts = Vec::new();

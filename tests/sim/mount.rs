@@ -258,6 +258,11 @@ impl World {
         let mutant = self.mutant;
         let m = self.m(i);
         m.untold -= 1;
+        if let ClusterEvent::GroupMessage { from, client, data, .. } = event {
+            let (who, text) = (m.who, String::from_utf8_lossy(data).into_owned());
+            self.say(|| format!("{who} hears {from} {client} {text}"));
+        }
+        let m = self.m(i);
         let mut actions = m.members.event(GROUP, event);
         if mutant == Some(Mutant::ReplayBeforeFence)
             && let ClusterEvent::GroupView { left, .. } = event
@@ -273,7 +278,7 @@ impl World {
         self.mount_go_on(i);
     }
 
-    fn member_action(&mut self, i: usize, action: Action) {
+    pub(super) fn member_action(&mut self, i: usize, action: Action) {
         match action {
             Action::LockView { view, members, left_clean } => {
                 let members: Vec<Proc> = members.into_iter().map(|(p, _)| p).collect();

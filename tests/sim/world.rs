@@ -15,7 +15,7 @@ use membership::engine::Dest;
 use membership::ipc::{ClusterEvent, Proof};
 use qdisk::core::Input as DiskInput;
 use qdisk::ondisk::EBlock;
-use qdisk::{QdiskCommand, QdiskEvent};
+use qdisk::{QdiskCommand, QdiskEvent, ViewName};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::sync::Arc;
@@ -74,6 +74,7 @@ pub(crate) enum Ev {
     Frame { to: usize, from: Proc, cookie: u64, packet: Bytes },
     Turn { node: usize, life: u64 },
     Persisted { node: usize, life: u64, seq: u64 },
+    Recorded { node: usize, life: u64, view: ViewName },
     AgentEffect { by: usize, life: u64, victim: Proc, probe: bool, ok: bool },
     Agent { node: usize, life: u64, victim: Proc, result: Result<Proof, String> },
     DiskTick { node: usize, life: u64 },
@@ -108,6 +109,7 @@ pub(crate) struct Node {
     pub(crate) next_client: u32,
     /// As the machine's own file says.
     pub(crate) ring_seq: u64,
+    pub(crate) last_view: ViewName,
     /// Until when the daemon, the mount sleep; 0: awake.
     pub(crate) daemon_asleep: u64,
     pub(crate) mount_asleep: u64,
@@ -149,6 +151,8 @@ pub(crate) struct World {
     pub(crate) lun: Lun,
     pub(crate) config: Arc<Config>,
     pub(crate) fabric_fence: bool,
+    /// Fence agents under way: whoever they are after may still be hit.
+    pub(crate) agents: u32,
     weather: Weather,
     cut: BTreeSet<(u16, u16)>,
     pub(crate) lanes: BTreeMap<(Proc, Proc), Lane>,
@@ -208,6 +212,7 @@ impl World {
                 mount_incarnation: 0,
                 next_client: 1,
                 ring_seq: 0,
+                last_view: ViewName::NONE,
                 daemon_asleep: 0,
                 mount_asleep: 0,
                 asleep_since: 0,
@@ -240,6 +245,7 @@ impl World {
             nodes,
             lun: Lun::new(n),
             fabric_fence: rng.chance(1, 3),
+            agents: 0,
             weather,
             cut: BTreeSet::new(),
             lanes: BTreeMap::new(),
@@ -368,6 +374,7 @@ impl World {
         let asleep = match &ev {
             Ev::Turn { node, .. }
             | Ev::Persisted { node, .. }
+            | Ev::Recorded { node, .. }
             | Ev::Agent { node, .. }
             | Ev::DiskTick { node, .. }
             | Ev::DiskCommand { node, .. }
@@ -411,6 +418,13 @@ impl World {
                         d.stack.persisted(seq);
                     }
                     self.turn(node);
+                }
+            }
+            Ev::Recorded { node, life, view } => {
+                if self.is_life(node, life) {
+                    let n = &mut self.nodes[node];
+                    n.last_view = n.last_view.max(view);
+                    self.view_recorded(node, view);
                 }
             }
             Ev::AgentEffect { by, life, victim, probe, ok } => self.agent_effect(by, life, victim, probe, ok),

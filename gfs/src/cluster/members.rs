@@ -162,6 +162,24 @@ impl Members {
         list.into_iter().filter(|j| !used.contains(j)).collect()
     }
 
+    /// Everybody who may have had the volume mounted before is proved dead, and these gates of the lock manager are shut. What
+    /// members with state told our lock manager they told us too, unless they died in between: then nobody else knows of these dead.
+    pub fn adopt(&mut self, gates: impl Iterator<Item = (Proc, bool)>) -> Vec<Action> {
+        let mut out = Vec::new();
+        for (who, _) in gates {
+            if self.lost.contains_key(&who) || self.recovered.contains(&who) {
+                continue;
+            }
+            let node = Proc { node: who.node, incarnation: Incarnation(0) };
+            self.lost.insert(who, Lost { node, client: 0, jid: None, is_fenced: true, is_given: true });
+            out.push(Action::LockFenced(who));
+        }
+        if !out.is_empty() {
+            out.push(Action::Say(self.lost_note()));
+        }
+        out
+    }
+
     /// The volume is mounted. Returns what to say, and the fenced mounts that now can be recovered here.
     pub fn set_own_journal(&mut self, jid: Option<JournalId>) -> (Note, Vec<Dead>) {
         self.own_jid = jid;
@@ -230,11 +248,12 @@ impl Members {
         self.pending = Some((view, clean));
         let mut out = self.give_view();
         if has_joiner {
-            if self.is_mounted {
-                out.push(Action::Say(Note::Journal { jid: self.own_jid.map(|j| j.0) }));
-            }
+            // In this order: who is led by a mount has heard which dead it knows of.
             if !self.lost.is_empty() {
                 out.push(Action::Say(self.lost_note()));
+            }
+            if self.is_mounted {
+                out.push(Action::Say(Note::Journal { jid: self.own_jid.map(|j| j.0) }));
             }
         }
         out.extend(self.apply_fences());
@@ -275,7 +294,12 @@ impl Members {
                 for l in list {
                     let who = Proc { node: NodeId(l.node), incarnation: Incarnation(l.incarnation) };
                     let node = Proc { node: NodeId(l.node), incarnation: Incarnation(l.node_incarnation) };
-                    if self.present.values().any(|k| k.peer.who == who) || self.recovered.contains(&who) {
+                    if self.recovered.contains(&who) {
+                        // Its sender was behind, and those who joined since have not heard it.
+                        out.push(Action::Say(Note::Recovered { node: l.node, incarnation: l.incarnation }));
+                        continue;
+                    }
+                    if self.present.values().any(|k| k.peer.who == who) {
                         continue;
                     }
                     let known = self.lost.entry(who).or_insert(Lost {
@@ -285,6 +309,7 @@ impl Members {
                         is_fenced: false,
                         is_given: l.is_given,
                     });
+                    known.jid = known.jid.or(l.jid.map(JournalId));
                     // The sender was told the proof. We, or our lock manager, may have been told of the loss before it, and will not be
                     // told of the proof.
                     if l.is_fenced && !known.is_fenced {

@@ -163,10 +163,38 @@ fn a_late_note_brings_no_recovered_mount_back() {
     assert!(joiner.note(node(4, 1), 1, recovered).is_empty());
     let late = |a| if let Action::Say(n @ Note::Lost { .. }) = a { Some(n) } else { None };
     let late = out.into_iter().find_map(late).unwrap();
+    let again = Action::Say(Note::Recovered { node: 2, incarnation: 200 });
     for m in [&mut old, &mut joiner] {
-        assert!(m.note(node(1, 5), 1, late.clone()).is_empty());
+        assert_eq!(m.note(node(1, 5), 1, late.clone()), [again.clone()]);
         assert!(m.is_settled(), "{:?}", m.waiting());
     }
+    // one that joined behind the recovery knows nothing of it, and is told
+    let mut later = Members::new(node(6, 600));
+    later.quorate(true);
+    later.fenced(node(2, 6), &Scope::Node);
+    later.view(5, vec![peer(1, 5, 1, 100), peer(6, 1, 1, 600)], &[]);
+    later.note(node(1, 5), 1, late);
+    assert!(!later.is_settled());
+    later.note(node(3, 9), 1, Note::Recovered { node: 2, incarnation: 200 });
+    assert!(later.is_settled());
+}
+
+/// Whoever knew the dead told our lock manager, and died before it told us.
+#[test]
+fn the_dead_of_the_lock_manager_that_nobody_speaks_of_are_recovered() {
+    let mut m = Members::new(node(3, 300));
+    m.quorate(true);
+    m.view(1, vec![peer(1, 5, 1, 100), peer(3, 9, 1, 300)], &[]);
+    m.view(2, vec![peer(3, 9, 1, 300)], &[(node(1, 5), 1, false)]);
+    m.fenced(node(1, 5), &Scope::Node);
+    let out = m.adopt([(node(1, 100), true), (node(2, 200), false)].into_iter());
+    assert_eq!(out[0], Action::LockFenced(node(2, 200)));
+    assert!(matches!(&out[1..], [Action::Say(Note::Lost { list })] if list.len() == 2), "{out:?}");
+    assert!(m.adopt([(node(2, 200), true)].into_iter()).is_empty(), "once");
+    let (_, dead) = m.set_own_journal(Some(JournalId(2)));
+    let dead: Vec<Proc> = dead.iter().map(|d| d.who).collect();
+    assert_eq!(dead, [node(1, 100), node(2, 200)]);
+    assert_eq!(m.journals_of(Dead { who: node(2, 200), jid: None }, 4).len(), 3, "all but our own");
 }
 
 /// A daemon tells a late mount the last proof of each node only.

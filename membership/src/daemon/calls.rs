@@ -89,7 +89,7 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
             return Reply::Refused("this node is leaving the cluster".to_owned());
         }
         let payload = Bytes::from(payload);
-        if group.starts_with(WRITERS) && !self.stack.core.domain().joined() {
+        if group.starts_with(WRITERS) && !self.stack.core.may_join() {
             self.pending_joins.push((client, name, payload));
             return Reply::Done;
         }

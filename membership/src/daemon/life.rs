@@ -1,8 +1,9 @@
 //! One life of the daemon: everything is made here, and unmade when the life ends.
 
-use super::runtime::{Parts, Runtime};
+use super::runtime::{Durable, Parts, Runtime};
 use super::socket::{Inbox, Server};
 use super::{DaemonError, io_error};
+use crate::alive;
 use crate::clock;
 use crate::config::Config;
 use crate::engine::Peer;
@@ -13,10 +14,10 @@ use crate::permit::PermitWriter;
 use crate::ring::{Ring, RingConfig, RingTimers};
 use crate::stack::End;
 use crate::timing::Timing;
-use cairn_base::{Boottime, NodeId, Proc};
+use cairn_base::{Boottime, Incarnation, NodeId, Proc};
 use crossbeam_channel::bounded;
 use parking_lot::Mutex;
-use qdisk::realtime;
+use qdisk::{ViewName, realtime};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -104,13 +105,31 @@ fn random_u64() -> Result<u64, DaemonError> {
     getrandom::u64().map_err(|e| DaemonError::Wire(format!("no randomness: {e}")))
 }
 
-pub(super) fn ring_seq_path(run_dir: &Path) -> std::path::PathBuf {
-    run_dir.join("ringseq")
+pub(super) fn store(run_dir: &Path, what: Durable) -> std::io::Result<()> {
+    match what {
+        Durable::RingSeq(seq) => alive::write_durable(&run_dir.join("ringseq"), &format!("{seq}\n")),
+        Durable::LastView(v) => {
+            let text = format!("{} {} {}\n", v.seq, v.rep, v.rep_incarnation.0);
+            alive::write_durable(&run_dir.join("lastview"), &text)
+        }
+    }
+}
+
+/// The last view that this node has recorded. Missing: none; what was decided in it is then known to its other members and the disk.
+pub(super) fn read_last_view(run_dir: &Path) -> ViewName {
+    let text = std::fs::read_to_string(run_dir.join("lastview")).unwrap_or_default();
+    let mut words = text.split_whitespace().map(str::parse::<u64>);
+    match (words.next(), words.next(), words.next()) {
+        (Some(Ok(seq)), Some(Ok(rep)), Some(Ok(life))) => {
+            ViewName { seq, rep: NodeId(rep as u16), rep_incarnation: Incarnation(life) }
+        }
+        _ => ViewName::NONE,
+    }
 }
 
 /// The highest ring sequence this node has used. Missing or damaged: 0, because ring ids contain incarnations and stay unique.
 fn read_ring_seq(run_dir: &Path) -> u64 {
-    std::fs::read_to_string(ring_seq_path(run_dir)).ok().and_then(|s| s.trim().parse().ok()).unwrap_or(0)
+    std::fs::read_to_string(run_dir.join("ringseq")).ok().and_then(|s| s.trim().parse().ok()).unwrap_or(0)
 }
 
 /// SS6: watches the core thread from outside. At half of T without a sign of life the permit goes, at T the process.

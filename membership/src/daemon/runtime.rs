@@ -1,6 +1,6 @@
 //! The core thread: one loop that feeds the cores and carries out what they decide.
 
-use super::life::ring_seq_path;
+use super::life::{read_last_view, store};
 use super::log::NodeLog;
 use super::socket::{Inbox, Outbox};
 use super::{DaemonError, Input, Wire, io_error};
@@ -18,11 +18,11 @@ use crate::ring::log::RingLog;
 use crate::stack::{End, Stack, StackAction};
 use bytes::Bytes;
 use cairn_base::{Boottime, Proc};
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 use qdisk::driver::QdiskHandle;
-use qdisk::{QdiskCommand, QdiskEvent};
+use qdisk::{QdiskCommand, QdiskEvent, ViewName};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
@@ -65,13 +65,18 @@ pub(super) struct Client {
     pub(super) outbox: Outbox,
 }
 
-/// A mount process that must end: its connection is gone, or this life is.
+/// A mount process that was in a group and must end: its connection is gone, or this life is.
 pub(super) struct DyingMount {
     pub(super) client: u32,
     pub(super) fs: String,
     pub(super) process: Option<PidFd>,
-    /// The others must be told (it was a group member).
-    pub(super) told: bool,
+}
+
+/// What the node must not forget when it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Durable {
+    RingSeq(u64),
+    LastView(ViewName),
 }
 
 pub(super) struct Runtime<E, W> {
@@ -91,8 +96,8 @@ pub(super) struct Runtime<E, W> {
     pub(super) dying: Vec<DyingMount>,
     /// Joins that wait until this node is in the fence domain.
     pub(super) pending_joins: Vec<(u32, GroupName, Bytes)>,
-    /// Ring sequences are written by their own thread; views wait for theirs.
-    persist: Sender<u64>,
+    /// What must be durable is written by its own thread; views wait for their sequence.
+    persist: Sender<Durable>,
     /// Daemons of the other nodes on this machine.
     peers: BTreeMap<Proc, PidFd>,
     now: Boottime,
@@ -103,27 +108,24 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
         let host = p.config.name_of(p.me.node.0);
         let log = NodeLog::open(&p.run_dir, p.me.node, &host, p.config.dialect, p.foreground)
             .map_err(io_error("log"))?;
-        let (persist, to_write) = bounded::<u64>(1024);
-        let path = ring_seq_path(&p.run_dir);
+        let (persist, to_write) = bounded::<Durable>(1024);
+        let run_dir = p.run_dir.clone();
         let inbox = p.inbox.clone();
         std::thread::Builder::new()
             .name("cairnd-persist".into())
             .spawn(move || {
                 qdisk::realtime::this_thread();
-                while let Ok(mut seq) = to_write.recv() {
-                    // the newest covers the older ones
-                    while let Ok(newer) = to_write.try_recv() {
-                        seq = seq.max(newer);
-                    }
-                    let result = alive::write_durable(&path, &format!("{seq}\n"));
-                    if !inbox.put(Input::Persisted { seq, result }) {
+                while let Ok(what) = to_write.recv() {
+                    let result = store(&run_dir, what);
+                    if !inbox.put(Input::Persisted { what, result }) {
                         return;
                     }
                 }
             })
             .map_err(io_error("persist thread"))?;
         let now = clock::boottime();
-        let core = NodeCore::new(p.me, Arc::clone(&p.config));
+        let mut core = NodeCore::new(p.me, Arc::clone(&p.config));
+        core.set_last_view(read_last_view(&p.run_dir));
         Ok(Self {
             stack: Stack::new(now, p.groups, core, p.config.timing, p.disk.is_some()),
             config: p.config,
@@ -242,9 +244,13 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
 
     fn io(&mut self, action: &IoAction) {
         let IoAction::Persist { ring_seq } = action else { return self.wire.act(self.now, action) };
-        match self.persist.try_send(*ring_seq) {
-            Ok(()) | Err(TrySendError::Full(_)) => {}
-            Err(TrySendError::Disconnected(_)) => self.stop(StopWhy::NotDurable),
+        self.persist(Durable::RingSeq(*ring_seq));
+    }
+
+    fn persist(&mut self, what: Durable) {
+        // a thousand writes behind is as bad as none
+        if self.persist.try_send(what).is_err() {
+            self.stop(StopWhy::NotDurable);
         }
     }
 
@@ -305,6 +311,7 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
                     }
                 }
                 StackAction::Disk(command) => self.tell_disk(command),
+                StackAction::RecordView(view) => self.persist(Durable::LastView(view)),
                 StackAction::Admitted => self.admit(),
                 StackAction::KillMounts => self.kill_mounts(),
                 StackAction::Stopping(why) => {
@@ -392,9 +399,12 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
                 self.perform(acts);
             }
             Input::Disk(event) => self.disk_event(event),
-            Input::Persisted { seq, result: Ok(()) } => self.stack.persisted(seq),
-            Input::Persisted { result: Err(e), .. } => {
-                self.log.engine("MAIN", &format!("ring sequence cannot be stored: {e}"));
+            Input::Persisted { what: Durable::RingSeq(seq), result: Ok(()) } => self.stack.persisted(seq),
+            Input::Persisted { what: Durable::LastView(view), result: Ok(()) } => {
+                self.with(|stack, now, out| stack.view_recorded(now, view, out));
+            }
+            Input::Persisted { what, result: Err(e) } => {
+                self.log.engine("MAIN", &format!("{what:?} cannot be stored: {e}"));
                 self.stop(StopWhy::NotDurable);
             }
         }
@@ -452,11 +462,9 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
             .partition(|d: &DyingMount| d.process.as_ref().is_none_or(PidFd::exited));
         self.dying = left;
         for mount in ended {
-            if mount.told {
-                let mut acts = Vec::new();
-                self.stack.core.mount_gone(mount.client, mount.fs, &mut acts);
-                self.perform(acts);
-            }
+            let mut acts = Vec::new();
+            self.stack.core.mount_gone(mount.client, mount.fs, &mut acts);
+            self.perform(acts);
         }
     }
 
@@ -464,20 +472,20 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
     pub(super) fn client_closed(&mut self, client: u32) {
         let Some(state) = self.clients.remove(&client) else { return };
         self.pending_joins.retain(|(c, ..)| *c != client);
-        if !state.groups.is_empty() {
-            self.stack.groups.client_gone(client);
+        if state.groups.is_empty() {
+            return;
         }
-        if let Some(ClientKind::Mount { fs }) = state.kind {
-            let told = !state.groups.is_empty();
-            if let Some(process) = &state.process
-                && told
-            {
+        let mount = match state.kind {
+            Some(ClientKind::Mount { fs }) => Some(fs),
+            _ => None,
+        };
+        if let Some(fs) = mount.clone() {
+            if let Some(process) = &state.process {
                 let _ = process.kill();
             }
-            if told {
-                self.dying.push(DyingMount { client, fs, process: state.process, told });
-            }
+            self.dying.push(DyingMount { client, fs, process: state.process });
         }
+        self.with(|stack, now, out| stack.client_gone(now, client, mount, out));
     }
 
     fn kill_mounts(&mut self) {

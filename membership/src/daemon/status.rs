@@ -130,6 +130,14 @@ impl<E: Engine, W: super::Wire> Runtime<E, W> {
                     last_error: error.to_owned(),
                 }
             })
+            .chain(self.stack.core.mounts_dying().map(|(p, fs)| VictimStatus {
+                proc: p,
+                name: format!("{} (mount of {fs})", self.config.name_of(p.node.0)),
+                cause: "mount".to_owned(),
+                fencer: None,
+                attempts: 0,
+                last_error: String::new(),
+            }))
             .collect();
         let wait_state = if !self.stack.core.quorum().quorate {
             WaitState::Quorum

@@ -141,38 +141,35 @@ pub struct DomainMerged {
     pub running: BTreeMap<Proc, NodeId>,
 }
 
-/// Pure function of the parts, given in node order.
-pub fn merge<'a>(parts: impl Iterator<Item = (NodeId, &'a DomainSync)>) -> DomainMerged {
+/// Pure function of the parts, given in node order. `passed_by`: lives whose state does not include what a later quorate view has
+/// decided. They are victims; where nobody's state includes it, the domain forms anew, and fences whatever runs on the absent nodes.
+pub fn merge<'a>(
+    parts: impl Iterator<Item = (NodeId, &'a DomainSync)>,
+    passed_by: &BTreeSet<Proc>,
+) -> DomainMerged {
     let parts: Vec<(NodeId, &'a DomainSync)> = parts.collect();
     let mut merged = DomainMerged::default();
+    let mut heirs = false;
     for (node, part) in &parts {
         merged.state.absorb(&part.state);
+        heirs |= part.state.formed && !passed_by.iter().any(|p| p.node == *node);
         for victim in &part.running {
             merged.running.entry(*victim).or_insert(*node);
         }
     }
-    for (node, part) in &parts {
-        for p in part.state.members.keys().filter(|p| p.node == *node) {
-            if parts.iter().any(|(_, other)| has_fenced_unknown(&other.state, *p, &part.state)) {
-                merged.state.victims.insert(*p, Cause::Failed);
-            }
+    for p in passed_by {
+        if merged.state.members.contains_key(p) {
+            merged.state.victims.insert(*p, Cause::Failed);
+        }
+    }
+    if merged.state.formed && !heirs {
+        merged.state.formed = false;
+        for p in std::mem::take(&mut merged.state.members).into_keys() {
+            merged.state.victims.insert(p, Cause::Failed);
         }
     }
     merged.state.prune();
     merged
-}
-
-/// Has a domain with state `other` fenced whatever ran on the node of `p` while `p`, whose state is `mine`, was a member elsewhere?
-/// An agent may have cut it from the storage only, so that it is back; its life was not known to those who fenced it. A life that
-/// was admitted after that fence knows of it.
-fn has_fenced_unknown(other: &DomainState, p: Proc, mine: &DomainState) -> bool {
-    let before = |g: &Gone| match &g.how {
-        How::Fenced { proof: Proof::Rejoined(heir), .. } => *heir > p.incarnation,
-        How::Fenced { .. } => true,
-        How::Left => false,
-    };
-    let unknown = |s: &DomainState| s.gone.get(&p.node).filter(|g| g.incarnation == Incarnation(0)).cloned();
-    unknown(other).is_some_and(|g| before(&g)) && unknown(mine).is_none() && !other.members.contains_key(&p)
 }
 
 /// Ordered messages between the domains.
@@ -287,6 +284,8 @@ pub struct Domain {
     view: u64,
     members: BTreeSet<Proc>,
     quorate: bool,
+    /// All members have recorded the present view: admissions and proofs may be ordered in it.
+    recorded: bool,
     wants: bool,
     join_sent: bool,
     work: BTreeMap<Proc, Work>,
@@ -305,6 +304,7 @@ impl Domain {
             view: 0,
             members: BTreeSet::new(),
             quorate: false,
+            recorded: false,
             wants: true,
             join_sent: false,
             work: BTreeMap::new(),
@@ -316,6 +316,15 @@ impl Domain {
 
     pub fn state(&self) -> &DomainState {
         &self.state
+    }
+
+    /// Acted on by the next [`Self::tick`].
+    pub fn set_recorded(&mut self, recorded: bool) {
+        self.recorded = recorded;
+    }
+
+    pub fn is_recorded(&self) -> bool {
+        self.recorded
     }
 
     pub fn joined(&self) -> bool {
@@ -351,9 +360,12 @@ impl Domain {
         let before = std::mem::replace(&mut self.state, merged.state);
         self.view = view;
         self.members = members.iter().copied().collect();
-        self.running_elsewhere = merged.running;
-        self.running_elsewhere.retain(|_, n| *n != self.cfg.me.node);
+        // As it was when the states were exchanged: an agent of mine that has ended since is running to the others.
+        let running = merged.running;
+        self.running_elsewhere =
+            running.iter().filter(|(_, n)| **n != self.cfg.me.node).map(|(p, n)| (*p, *n)).collect();
         self.quorate = false;
+        self.recorded = false;
         self.join_sent = false;
         for work in self.work.values_mut() {
             *work = Work {
@@ -370,25 +382,20 @@ impl Domain {
         if self.state.is_excluded(self.cfg.me) {
             out.push(DomainAction::Excluded);
         }
-        // proofs that were ordered in views in which we were not
-        if before.formed {
-            for (node, gone) in &self.state.gone {
-                let known = before.gone.get(node).is_some_and(|g| g.incarnation >= gone.incarnation);
-                if let How::Fenced { fencer, proof, .. } = &gone.how
-                    && !known
-                {
-                    out.push(DomainAction::Fenced {
-                        proc: Proc { node: *node, incarnation: gone.incarnation },
-                        fencer: *fencer,
-                        proof: proof.clone(),
-                    });
+        // Proofs that were ordered in views in which we were not; also for a newcomer, whose clients may be here already.
+        for (node, gone) in &self.state.gone {
+            let known = before.gone.get(node).is_some_and(|g| g.incarnation >= gone.incarnation);
+            let proc = Proc { node: *node, incarnation: gone.incarnation };
+            let here = before.members.contains_key(&proc) || before.victims.contains_key(&proc);
+            match &gone.how {
+                How::Fenced { fencer, proof, .. } if !known => {
+                    out.push(DomainAction::Fenced { proc, fencer: *fencer, proof: proof.clone() });
                 }
                 // Left while we were apart: how its mounts ended was told there. That all have, its leave proves.
-                let life = Proc { node: *node, incarnation: gone.incarnation };
-                let here = before.members.contains_key(&life) || before.victims.contains_key(&life);
-                if gone.how == How::Left && here && !known {
-                    out.push(DomainAction::Fenced { proc: life, fencer: *node, proof: Proof::StoppedClean });
+                How::Left if !known && here => {
+                    out.push(DomainAction::Fenced { proc, fencer: *node, proof: Proof::StoppedClean });
                 }
+                _ => {}
             }
         }
         // a later life of a node answers for its earlier ones: it has conquered their run directory
@@ -396,9 +403,8 @@ impl Domain {
             self.state.members.keys().chain(self.state.victims.keys()).copied().collect();
         for old in candidates {
             let heir = self.members.iter().find(|m| m.node == old.node && m.incarnation > old.incarnation);
-            let busy = self.running_elsewhere.contains_key(&old) || self.runs(old);
             if let Some(heir) = heir
-                && !busy
+                && !running.contains_key(&old)
             {
                 let was_victim = self.state.victims.contains_key(&old);
                 let proof = Proof::Rejoined(heir.incarnation);
@@ -516,7 +522,13 @@ impl Domain {
             self.state.victims.entry(p).or_insert(Cause::Failed);
         }
         let blocked = self.state.victims.keys().any(|v| v.node == self.cfg.me.node);
-        if self.wants && !self.joined() && !self.join_sent && !blocked && !self.state.is_gone(self.cfg.me) {
+        if self.wants
+            && self.recorded
+            && !self.joined()
+            && !self.join_sent
+            && !blocked
+            && !self.state.is_gone(self.cfg.me)
+        {
             self.join_sent = true;
             out.push(DomainAction::Send { msg: DomainMsg::Join(self.cfg.me), safe: true });
         }
@@ -551,7 +563,7 @@ impl Domain {
             // proved in an earlier view, and not ordered there
             let msg = DomainMsg::Done { victim, proof: proof.clone(), unix_time: *unix_time };
             let work = self.work.get_mut(&victim).expect("entered above");
-            if !work.starting {
+            if self.recorded && !work.starting {
                 work.starting = true;
                 out.push(DomainAction::Send { msg, safe: true });
             }

@@ -64,7 +64,8 @@ impl Rig {
         self.settle()
     }
 
-    /// Delivers our own ordered messages until there are none, and returns everything that was done.
+    /// Delivers our own ordered messages until there are none, and returns everything that was done. The others install and record
+    /// when we do, and everything written lands at once.
     fn settle(&mut self) -> Vec<NodeAction> {
         let mut done = Vec::new();
         loop {
@@ -73,14 +74,26 @@ impl Rig {
                 return done;
             }
             for act in &acts {
-                if let NodeAction::Service { data, safe } = act {
-                    let event = GroupsEvent::Service {
-                        service: SERVICE,
-                        from: member(self.core.me),
-                        safe: *safe,
-                        data: data.clone(),
-                    };
-                    self.core.groups_event(self.now, 0, event, &mut self.out);
+                match act {
+                    NodeAction::Service { data, safe } => {
+                        let all = matches!(
+                            postcard::from_bytes(data),
+                            Ok(NodeMsg::Installed(_) | NodeMsg::Recorded(_))
+                        );
+                        let from = if all { self.members.clone() } else { vec![self.core.me] };
+                        for p in from {
+                            let (from, safe, data) = (member(p), *safe, data.clone());
+                            let event = GroupsEvent::Service { service: SERVICE, from, safe, data };
+                            self.core.groups_event(self.now, 0, event, &mut self.out);
+                        }
+                    }
+                    NodeAction::RecordView(view) => {
+                        self.core.view_recorded(self.now, *view, &mut self.out);
+                    }
+                    NodeAction::Disk(QdiskCommand::Record(view)) => {
+                        self.core.disk_event(self.now, QdiskEvent::Recorded(*view), &mut self.out);
+                    }
+                    _ => {}
                 }
             }
             done.extend(acts);
@@ -351,4 +364,78 @@ fn an_older_configuration_is_not_served() {
     let parts = [(member(proc(1, 1)), mine), (member(proc(2, 1)), theirs)];
     let acts = r.view_of(4, &all(2), &parts);
     assert!(acts.contains(&NodeAction::Stop(StopWhy::Excluded)));
+}
+
+/// Nothing is decided in a view before all its members have it in their files.
+#[test]
+fn a_view_is_recorded_before_anything_is_decided_in_it() {
+    let conf = CONF.replace("<quorumd device=\"file:/x\" votes=\"2\"/>", "");
+    let config = StdArc::new(Config::parse(&conf, "test").unwrap());
+    let (now, me, ring) = (T0, proc(1, 1), ring(4));
+    let mut core = NodeCore::new(me, config);
+    let parts: Vec<_> = all(3)
+        .into_iter()
+        .map(|p| (member(p), Bytes::from(postcard::to_stdvec(&core.sync()).unwrap())))
+        .collect();
+    let members: Vec<Member> = all(3).into_iter().map(member).collect();
+    let view = View {
+        id: ring,
+        seq: 4,
+        joined: members.clone(),
+        members: members.into(),
+        left: Vec::new(),
+        quorate: false,
+    };
+    let (mut out, state) = (Vec::new(), merge(&ring, &parts).state.into());
+    core.groups_event(now, 0, GroupsEvent::View { view, state }, &mut out);
+    assert!(core.quorum().quorate);
+    let name = name_of(ring);
+    let mut said = Vec::new();
+    let mut hear = |core: &mut NodeCore, from: Proc, msg: &NodeMsg| -> Vec<NodeAction> {
+        let (data, mut out) = (postcard::to_stdvec(msg).unwrap().into(), Vec::new());
+        let event = GroupsEvent::Service { service: SERVICE, from: member(from), safe: true, data };
+        core.groups_event(now, 0, event, &mut out);
+        said.extend(out.iter().filter_map(|a| match a {
+            NodeAction::Service { data, .. } => postcard::from_bytes::<NodeMsg>(data).ok(),
+            _ => None,
+        }));
+        out
+    };
+    let record = NodeAction::RecordView(name);
+    for p in all(2) {
+        assert!(
+            !hear(&mut core, p, &NodeMsg::Installed(name)).contains(&record),
+            "not all have installed it"
+        );
+    }
+    assert!(hear(&mut core, proc(3, 1), &NodeMsg::Installed(name)).contains(&record));
+    let mut out = Vec::new();
+    core.view_recorded(now, name, &mut out);
+    for p in all(2) {
+        hear(&mut core, p, &NodeMsg::Recorded(name));
+    }
+    assert!(!core.may_join() && !core.domain().is_recorded());
+    hear(&mut core, proc(3, 1), &NodeMsg::Recorded(name));
+    assert!(core.domain().is_recorded());
+    assert_eq!(said, [NodeMsg::Domain(DomainMsg::Join(me))], "not before");
+}
+
+/// The disk shows that others were quorate after the last view that this life's state includes.
+#[test]
+fn a_life_that_the_disk_shows_to_be_passed_by_stops_itself() {
+    let mut r = Rig::new(CONF);
+    r.view(4, &all(4));
+    for p in all(4) {
+        r.say(p, &NodeMsg::Domain(DomainMsg::Join(p)));
+    }
+    assert!(r.disk(QdiskEvent::LastView(name_of(ring(4)))).is_empty(), "it was there");
+    r.view(12, &all(3));
+    let later = name_of(RingId { rep: NodeId(4), ..ring(12) });
+    let acts = r.disk(QdiskEvent::LastView(later));
+    assert!(acts.contains(&NodeAction::Stop(StopWhy::Excluded)), "SS5");
+    // without state there is nothing to be passed by
+    let mut r = Rig::new(CONF);
+    r.view(4, &all(2));
+    assert!(r.disk(QdiskEvent::LastView(later)).is_empty());
+    assert_eq!(r.core.sync().last, later);
 }

@@ -12,6 +12,7 @@
 //! | 168 | highest ring seq, highest own incarnation |
 //! | 192 | kill[16]: incarnation u64, reason u8 and view seq (56 bits) |
 //! | 448 | seen[16]: incarnation's low 32 bits, cycles without change (u32 each), write seq u64 |
+//! | 960 | last recorded view (24 bytes, zero: none) |
 //! | 4064 | tag: first 16 bytes of HMAC-SHA-256 over the slot number and bytes 0…4063 |
 //! | 4080 | CRC-32C of bytes 0…4079 |
 //!
@@ -27,6 +28,7 @@ use sha2::Sha256;
 const HEADER_MAGIC: &[u8; 8] = b"CAIRNQX1";
 const BLOCK_MAGIC: &[u8; 8] = b"CAIRNQE1";
 const VERSION: u32 = 1;
+const LAST_VIEW_AT: usize = 960;
 const TAG_AT: usize = 4064;
 const CRC_AT: usize = 4080;
 
@@ -210,6 +212,8 @@ pub struct EBlock {
     pub highest_incarnation: Incarnation,
     pub kill: [Option<Kill>; MAX_NODES],
     pub seen: [SeenSlot; MAX_NODES],
+    /// The newest quorate view that the writer knows of in which something may have been decided.
+    pub last_view: ViewName,
 }
 
 /// What a slot holds.
@@ -297,6 +301,7 @@ impl EBlock {
             put(&mut b, 452 + n * 16, &s.unchanged.to_le_bytes());
             put(&mut b, 456 + n * 16, &s.seq.to_le_bytes());
         }
+        put_view(&mut b, LAST_VIEW_AT, self.last_view);
         seal.seal(self.node.0, &mut b);
         b
     }
@@ -350,6 +355,7 @@ impl EBlock {
             highest_incarnation: Incarnation(le64(b, 176)),
             kill: [None; MAX_NODES],
             seen: [SeenSlot::default(); MAX_NODES],
+            last_view: view_at(b, LAST_VIEW_AT),
         };
         for n in 0..MAX_NODES {
             let word = le64(b, 200 + n * 16);

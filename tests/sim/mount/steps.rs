@@ -3,7 +3,7 @@
 use super::{Busy, CONTROL, JOURNAL, LIVE, MOUNT, MOUNT_LIMIT, MOUNTED, MountEnd, Replay, Step};
 use crate::world::{COUNTERS, Call, Ev, MS, Tag, World};
 use dlm::{Flags, Mode, Status};
-use gfs::cluster::members::encode;
+use gfs::cluster::members::{Action, encode};
 
 impl World {
     // ---- mounting ----
@@ -21,18 +21,21 @@ impl World {
             return;
         }
         let now = self.now;
-        let unfenced = self.is_alone_unfenced(i);
         let m = self.m(i);
         let ready = m.core.view().is_some();
         let settled = ready && m.core.settled();
-        match m.step {
+        let (step, retry_at) = (m.step, m.retry_at);
+        match step {
             Step::Joining if ready => self.set_step(i, Step::Settling),
-            Step::Settling if settled && unfenced => self.timer(i, 20 * MS),
             Step::Settling if settled => {
+                let Some(unknown) = self.all_fenced(i) else { return self.timer(i, 20 * MS) };
                 self.set_step(i, Step::MountLock);
+                for action in unknown {
+                    self.member_action(i, action);
+                }
                 self.ask(i, MOUNT, Mode::EX, Flags::NONE);
             }
-            Step::Backoff if now >= m.retry_at => {
+            Step::Backoff if now >= retry_at => {
                 self.set_step(i, Step::Control);
                 self.ask(i, CONTROL, Mode::EX, Flags::NOQUEUE);
             }
@@ -46,7 +49,7 @@ impl World {
                 }
             }
             Step::Draining(until) => {
-                let who = m.who;
+                let who = self.m(i).who;
                 if self.lane_is_empty(who) || now >= until {
                     self.call_daemon(i, Call::Leave);
                     self.end_mount(i, MountEnd::Clean);
@@ -72,19 +75,20 @@ impl World {
         }
     }
 
-    /// Who has nobody with the volume mounted beside it waits until nobody is left to fence (`Cluster::wait_all_fenced`).
-    pub(super) fn is_alone_unfenced(&self, i: usize) -> bool {
+    /// Who has nobody with the volume mounted beside it waits until nobody is left to fence (`Cluster::wait_all_fenced`): `None`.
+    fn all_fenced(&mut self, i: usize) -> Option<Vec<Action>> {
         let n = &self.nodes[i];
         let m = n.mount.as_ref().expect("invariant: a mount acts only while it is there");
-        if m.step != Step::Settling || m.members.is_led() && !m.core.founder() {
-            return false;
+        if m.members.is_led() && !m.core.founder() {
+            return Some(Vec::new());
         }
         let daemon = n.daemon.as_ref().filter(|d| d.me == m.life && n.daemon_asleep == 0);
-        let proved = daemon.is_some_and(|d| {
-            let domain = d.stack.core.domain();
-            domain.joined() && domain.state().victims.is_empty()
-        });
-        !proved || m.untold > 0 || !m.members.is_current() || !m.members.unfenced().is_empty()
+        let proved = daemon.is_some_and(|d| d.stack.core.domain().joined() && !d.stack.core.is_fencing());
+        if !proved || m.untold > 0 || !m.members.is_current() || !m.members.unfenced().is_empty() {
+            return None;
+        }
+        let m = self.m(i);
+        Some(m.members.adopt(m.core.gates()))
     }
 
     pub(super) fn lock_answer(&mut self, i: usize, name: usize, ok: bool, status: Status) {

@@ -25,6 +25,8 @@ struct Node {
     fenced: Vec<Proc>,
     /// Messages of mine that nobody has got yet.
     sent: VecDeque<DomainMsg>,
+    /// Views whose decisions its state includes.
+    included: BTreeSet<u64>,
 }
 
 struct World {
@@ -35,6 +37,8 @@ struct World {
     /// Component of each living node.
     part: BTreeMap<NodeId, u8>,
     last_life: BTreeMap<NodeId, u64>,
+    /// The last quorate view in each node's file.
+    recorded: BTreeMap<NodeId, u64>,
     /// Lives that are really over.
     dead: BTreeSet<Proc>,
     left_cleanly: BTreeSet<Proc>,
@@ -43,7 +47,7 @@ struct World {
     fail_agents: bool,
     /// Lives that found themselves excluded; they end after the present step.
     doomed: Vec<Proc>,
-    /// Last life of a node when an agent proved its death.
+    /// Last life of a node when an agent proved the death of whatever ran there.
     looked: BTreeMap<NodeId, u64>,
 }
 
@@ -56,6 +60,7 @@ impl World {
             nodes: BTreeMap::new(),
             part: BTreeMap::new(),
             last_life: BTreeMap::new(),
+            recorded: BTreeMap::new(),
             dead: BTreeSet::new(),
             left_cleanly: BTreeSet::new(),
             agents: Vec::new(),
@@ -71,7 +76,10 @@ impl World {
         *life += 1;
         let proc = Proc { node: id, incarnation: Incarnation(*life) };
         let core = Domain::new(config(proc));
-        self.nodes.insert(id, Node { proc, core, fenced: Vec::new(), sent: VecDeque::new() });
+        self.nodes.insert(
+            id,
+            Node { proc, core, fenced: Vec::new(), sent: VecDeque::new(), included: BTreeSet::new() },
+        );
         // alone in a component of its own until the next healing
         let part = (0..=u8::MAX).find(|p| !self.part.values().any(|q| q == p)).unwrap();
         self.part.insert(id, part);
@@ -113,7 +121,19 @@ impl World {
         self.view += 1;
         let parts: Vec<(NodeId, DomainSync)> =
             ids.iter().map(|id| (*id, self.nodes[id].core.sync())).collect();
-        let merged = merge(parts.iter().map(|(n, s)| (*n, s)));
+        // as the node core does it (`node::chain`)
+        let last = ids.iter().filter_map(|id| self.recorded.get(id)).copied().max().unwrap_or(0);
+        let knows = |n: &Node| last == 0 || n.included.contains(&last) || !n.core.state().formed;
+        let passed_by: BTreeSet<Proc> =
+            ids.iter().map(|id| &self.nodes[id]).filter(|n| !knows(n)).map(|n| n.proc).collect();
+        let included: BTreeSet<u64> = ids
+            .iter()
+            .map(|id| &self.nodes[id])
+            .filter(|n| knows(n))
+            .flat_map(|n| n.included.iter().copied())
+            .chain([last, self.view])
+            .collect();
+        let merged = merge(parts.iter().map(|(n, s)| (*n, s)), &passed_by);
         let procs: Vec<Proc> = ids.iter().map(|id| self.nodes[id].proc).collect();
         self.log.push(format!("view {} {procs:?}", self.view));
         let quorate = self.quorate(part);
@@ -122,9 +142,15 @@ impl World {
             let mut out = Vec::new();
             let node = self.nodes.get_mut(&id).unwrap();
             node.core.view(self.now, self.view, &procs, merged.clone(), 0, &mut out);
+            node.included.clone_from(&included);
+            node.core.set_recorded(quorate);
             node.core.quorate(self.now, quorate, &mut out);
+            if quorate {
+                self.recorded.insert(id, self.view);
+            }
             self.act(id, out);
         }
+        self.doomed.extend(passed_by);
     }
 
     fn act(&mut self, id: NodeId, actions: Vec<DomainAction>) {
@@ -224,7 +250,7 @@ impl World {
             }
             Ok(Proof::Exited)
         };
-        if result.is_ok() {
+        if result.is_ok() && victim.incarnation == Incarnation(0) {
             self.looked.insert(victim.node, self.last_life.get(&victim.node).copied().unwrap_or(0));
         }
         if let Some(node) = self.nodes.get_mut(&id)
@@ -477,34 +503,30 @@ fn the_log_has_the_historical_wording() {
     assert_eq!(l(FenceLog::Success { name: name() }, Dialect::Rhel6).unwrap(), "fence web2 success");
 }
 
-/// Node 3 was cut from the storage by those who did not know its life; it runs on, and comes back with its state.
+/// Nodes 2 and 3 come from an older quorate view than node 1, which has no state of the last one either.
 #[test]
-fn a_life_that_was_fenced_unknown_is_excluded_when_it_returns() {
+fn who_was_passed_by_is_a_victim_and_the_domain_forms_anew() {
     let life = |n: u16, i: u64| Proc { node: NodeId(n), incarnation: Incarnation(i) };
-    let fenced = |proof| Gone {
-        incarnation: Incarnation(0),
-        how: How::Fenced { fencer: NodeId(1), proof, unix_time: 0 },
-    };
-    let state = |members: &[Proc], gone: Option<Gone>| DomainSync {
+    let state = |formed, members: &[Proc]| DomainSync {
         state: DomainState {
-            formed: true,
+            formed,
             members: members.iter().map(|p| (*p, true)).collect(),
-            gone: gone.into_iter().map(|g| (NodeId(3), g)).collect(),
             ..DomainState::default()
         },
         running: BTreeSet::new(),
     };
-    let excluded = |one: &DomainSync, three: &DomainSync| {
-        merge([(NodeId(1), one), (NodeId(3), three)].into_iter()).state.is_excluded(life(3, 4))
-    };
-    let agent = || Some(fenced(Proof::Agent("fabric".to_owned())));
-    let old = state(&[life(3, 4), life(2, 1)], None);
-    assert!(excluded(&state(&[life(1, 7)], agent()), &old));
-    // it came back before the fence, which it averted
-    let averted = Some(fenced(Proof::Rejoined(Incarnation(4))));
-    assert!(!excluded(&state(&[life(1, 7)], averted), &old));
-    // it was admitted after the fence; node 1 was away then
-    assert!(!excluded(&state(&[life(1, 7)], agent()), &state(&[life(3, 4)], agent())));
-    // it has just started
-    assert!(!excluded(&state(&[life(1, 7)], agent()), &state(&[], None)));
+    let old = state(true, &[life(2, 1), life(3, 1), life(4, 1)]);
+    let fresh = state(false, &[]);
+    let passed_by = BTreeSet::from([life(2, 1), life(3, 1)]);
+    let parts = [(NodeId(1), &fresh), (NodeId(2), &old), (NodeId(3), &old)];
+    let merged = merge(parts.into_iter(), &passed_by).state;
+    assert!(!merged.formed && merged.members.is_empty());
+    assert_eq!(merged.victims.keys().copied().collect::<Vec<_>>(), [life(2, 1), life(3, 1), life(4, 1)]);
+    // somebody's state includes the last view: it goes on, they do not
+    let heir = state(true, &[life(1, 7), life(4, 2)]);
+    let parts = [(NodeId(1), &heir), (NodeId(2), &old), (NodeId(3), &old)];
+    let merged = merge(parts.into_iter(), &passed_by).state;
+    assert!(merged.formed && merged.members.contains_key(&life(4, 2)));
+    assert!(merged.is_excluded(life(2, 1)) && merged.is_excluded(life(3, 1)));
+    assert!(!merged.is_excluded(life(1, 7)));
 }
