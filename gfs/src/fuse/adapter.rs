@@ -2,7 +2,7 @@
 
 use super::access::Opener;
 use super::coherence::Coherence;
-use super::convert::{disk_time, generation, new_node, no_attr, set_time};
+use super::convert::{asked_time, generation, new_node, no_attr, set_time};
 use super::data::Handle;
 use super::node::Node;
 use super::second_look::SecondLooks;
@@ -314,7 +314,7 @@ impl Filesystem for Adapter {
             size,
             atime: atime.map(set_time),
             mtime: mtime.map(set_time),
-            ctime: ctime.map(disk_time),
+            ctime: ctime.map(asked_time),
             // The kernel's own word on this (FATTR_KILL_SUIDGID) is not passed on; the superuser is who keeps the bits.
             kill_priv: size.is_some() && req.uid() != 0,
         };

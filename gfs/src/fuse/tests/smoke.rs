@@ -103,13 +103,18 @@ fn nodes_and_attributes(root: &Path) {
     let about = fs::metadata(&path).unwrap();
     assert_eq!((about.uid(), about.gid(), about.mode() & 0o7777), (7, 8, 0o755));
     let file = File::options().write(true).open(&path).unwrap();
-    let when = std::time::UNIX_EPOCH + std::time::Duration::new(1_234_567_890, 987_654_321);
-    file.set_times(fs::FileTimes::new().set_accessed(when).set_modified(when)).unwrap();
-    let about = fs::metadata(&path).unwrap();
-    assert_eq!(
-        (about.mtime(), about.mtime_nsec(), about.atime()),
-        (1_234_567_890, 987_654_321, 1_234_567_890)
-    );
+    let (epoch, time) = (std::time::UNIX_EPOCH, std::time::Duration::new);
+    for (when, sec, nsec) in [
+        (epoch + time(1_234_567_890, 987_654_321), 1_234_567_890, 987_654_321),
+        (epoch + time(1 << 33, 7), 1 << 33, 7),
+        (epoch - time(0, 1), -1, 999_999_999),
+        (epoch - time(5, 0), -5, 0),
+    ] {
+        file.set_times(fs::FileTimes::new().set_accessed(when).set_modified(when)).unwrap();
+        let about = fs::metadata(&path).unwrap();
+        assert_eq!((about.mtime(), about.mtime_nsec()), (sec, nsec));
+        assert_eq!((about.atime(), about.atime_nsec()), (sec, nsec));
+    }
     let space = nix::sys::statvfs::statvfs(root).unwrap();
     assert!(space.blocks() > space.blocks_free() && space.blocks_free() > 0 && space.name_max() == 255);
     for path in [fifo, device, path] {
