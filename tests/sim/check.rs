@@ -126,7 +126,7 @@ impl Audit {
         self.begun.insert(me.node, me.incarnation.0);
     }
 
-    fn mount_fenced(&self, who: Proc) -> bool {
+    pub(crate) fn mount_fenced(&self, who: Proc) -> bool {
         self.mounts.get(&who).is_some_and(|(life, client)| self.fenced(*life, *client))
     }
 

@@ -24,16 +24,24 @@ const WHOLE: u64 = 120_000 * MS;
 const PROGRESS: u64 = 20_000 * MS;
 const SEEDS: u64 = 1000;
 /// Seeds above that range that broke a rule once.
-const FOUND: [(u64, &str); 9] = [
+const FOUND: [(u64, &str); 14] = [
     (1315, "I24: a node left before its mount's goodbye was ordered; nobody fences who left"),
     (1685, "I9: what a machine that is cut from the LUN had on its way landed after its reset"),
     (1818, "I1: a quorate side did not know of another one that was quorate in between"),
+    (
+        1867,
+        "slow: a lock that goes with the fence of its holder stayed, because the fence came before the view",
+    ),
     (1971, "I24: a note on the dead from a mount that was behind, to one that had just come"),
     (2109, "I24: whoever knew the dead told a newcomer's lock manager, and died before it told its mount"),
+    (2270, "I7: who was never admitted and lost was taken for gone while it still counted the device"),
+    (2278, "I7: the same"),
     (2580, "I24: the same"),
     (2732, "I24: one member took a rejoined node for fenced, the others waited for its agent"),
     (3211, "I1: a mount of a living node was dying, and a newcomer did not know"),
     (3751, "I1: as 1818"),
+    (6240, "I5: what a mount that is proved dead and does not know gives up is no value (the checker's)"),
+    (6645, "I24: two members left a victim to each other, after the agent of one had failed"),
 ];
 
 struct Run {

@@ -408,11 +408,12 @@ impl World {
         };
         let mut out = Vec::new();
         m.glocks.remove(&name);
-        if let Some(v) = value {
+        let who = m.who;
+        // who is proved dead and does not know writes no value any more
+        if let Some(v) = value.filter(|_| !self.audit.mount_fenced(who)) {
             self.audit.lvb[name] = Some(v);
         }
         let m = self.m(i);
-        let who = m.who;
         if let Err(e) = m.core.unlock(now, id, flags, lvb.as_ref(), &mut out) {
             self.audit.fail(format!("I3 {who} unlock of {name}: {e}"));
         }

@@ -212,10 +212,18 @@ impl Core {
         let m = self.trees[at as usize].master.as_mut().expect("mastered");
         let mut touched = false;
         for &(p, open) in gone {
+            // Its fence may have come before the view that shows the loss.
+            let fenced = gates.get(&p) == Some(&true);
             for r in m.resources() {
                 touched |= r.member_gone(p, open);
+                if fenced {
+                    r.exorcise(p, false);
+                }
             }
             m.ranges.member_gone(p, open);
+            if fenced {
+                m.ranges.fenced(p);
+            }
             m.held.retain(|(from, ..)| *from != p);
         }
         touched |= m.ranges.haunted(gates);

@@ -456,6 +456,8 @@ impl Domain {
                 }
             }
             DomainMsg::Fail { victim, attempt, error } => {
+                // Its agent was running when the view was formed, and is not any more.
+                self.running_elsewhere.retain(|v, by| *v != victim || *by != from.node);
                 if let Some(work) = self.work.get_mut(&victim) {
                     work.since = now;
                     work.attempts = work.attempts.max(attempt);
