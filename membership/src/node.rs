@@ -252,6 +252,8 @@ pub struct Sabotage {
     pub permit_for_ever: bool,
     /// The domain is told that every view is quorate.
     pub fence_without_quorum: bool,
+    /// Nobody knows of a recorded view that it was not in.
+    pub passed_by_goes_on: bool,
 }
 
 fn name_of(id: RingId) -> ViewName {
@@ -390,7 +392,7 @@ impl NodeCore {
                 .filter(|((p, _), _)| *p == self.me)
                 .map(|((_, c), fs)| (*c, fs.clone()))
                 .collect(),
-            last: self.chain.last(),
+            last: if self.sabotage.passed_by_goes_on { ViewName::NONE } else { self.chain.last() },
             included: self.chain.included(),
         }
     }
@@ -637,6 +639,10 @@ impl NodeCore {
     fn record(&mut self, now: Boottime, out: &mut Vec<NodeAction>) {
         let quorate = self.quorum.quorate && self.stopping.is_none();
         let by_device = quorate && !self.quorate_without_device();
+        if quorate && self.chain.is_overtaken() && !self.sabotage.passed_by_goes_on {
+            // the next life's ring begins above what the disk remembers
+            return self.stop(StopWhy::Excluded, out);
+        }
         match self.chain.step(quorate, by_device) {
             Some(Step::Record(view)) => {
                 if self.config.quorumd.is_some() {
@@ -663,7 +669,7 @@ impl NodeCore {
 
     /// A view is on the disk in which something may have been decided. Who has state that does not include it was passed by.
     fn view_shown(&mut self, view: ViewName, out: &mut Vec<NodeAction>) {
-        if self.chain.shown(view) {
+        if self.sabotage.passed_by_goes_on || self.chain.shown(view) {
             return;
         }
         if self.domain.state().formed {

@@ -36,6 +36,9 @@ pub(crate) struct Daemon {
     pub(crate) permit: PermitState,
     turn_at: u64,
     tick_at: u64,
+    /// Until when the queues between its two threads hold something.
+    commands_until: u64,
+    events_until: u64,
     /// The mount, once it has said hello.
     pub(crate) client: Option<u32>,
     joined: bool,
@@ -65,13 +68,15 @@ impl World {
         }
         let local = self.local(i);
         let cookie = self.rng.next_u64() | 1;
+        let on_disk = self.lun.slots.iter().flatten().map(|b| b.ring_seq).max().unwrap_or(0);
+        let ring_seq = self.nodes[i].ring_seq.max(on_disk);
         let n = &mut self.nodes[i];
         n.up = true;
         n.leaving = false;
         n.incarnation += 1;
         (n.daemon_asleep, n.mount_asleep) = (0, 0);
         let me = Proc { node: n.id, incarnation: Incarnation(n.incarnation) };
-        let mut ring = Ring::new(ring_config(&self.config, me, cookie, n.ring_seq), local);
+        let mut ring = Ring::new(ring_config(&self.config, me, cookie, ring_seq), local);
         ring.set_sabotage(Sabotage {
             safe_as_agreed: self.mutant == Some(Mutant::SafeAsAgreed),
             users_always_open: self.mutant == Some(Mutant::UsersAlwaysOpen),
@@ -85,6 +90,7 @@ impl World {
             lease_of_any_view: self.mutant == Some(Mutant::LeaseOfAnyView),
             permit_for_ever: self.mutant == Some(Mutant::PermitForEver),
             fence_without_quorum: self.mutant == Some(Mutant::FenceWithoutQuorum),
+            passed_by_goes_on: self.mutant == Some(Mutant::PassedByGoesOn),
         });
         let groups = Groups::new(Tap::new(ring), Box::new(node::merge));
         let disk = core_config(&self.config, me).map(|c| {
@@ -104,6 +110,8 @@ impl World {
             permit: PermitState::withdrawn(me.incarnation, self.config.timing.guard()),
             turn_at: 0,
             tick_at: 0,
+            commands_until: 0,
+            events_until: 0,
             client: None,
             joined: false,
             pending_join: None,
@@ -369,7 +377,8 @@ impl World {
             }
             StackAction::Disk(command) => {
                 if self.nodes[i].daemon.as_ref().is_some_and(|d| d.disk.is_some()) {
-                    self.after(10_000, Ev::DiskCommand { node: i, life, command });
+                    let at = self.queue_to(i, |d| &mut d.commands_until);
+                    self.at(at, Ev::DiskCommand { node: i, life, command });
                 }
             }
             StackAction::Admitted => {
@@ -455,6 +464,15 @@ impl World {
 
     // ---- the quorum disk's thread ----
 
+    /// When the other thread takes what is put into its queue now; it may be busy for a moment.
+    fn queue_to(&mut self, i: usize, until: impl Fn(&mut Daemon) -> &mut u64) -> u64 {
+        let lag = if self.rng.chance(1, 8) { self.between(MS / 10, 20 * MS) } else { 10_000 };
+        let soonest = self.now + lag;
+        let until = until(self.nodes[i].daemon.as_mut().expect("invariant: its threads speak"));
+        *until = soonest.max(*until);
+        *until
+    }
+
     pub(crate) fn disk_input(&mut self, i: usize, input: DiskInput) {
         let (now, now_true) = (self.local(i), self.now);
         let Some(d) = &mut self.nodes[i].daemon else { return };
@@ -483,7 +501,8 @@ impl World {
                     if let QdiskEvent::Missed(silent) = event {
                         self.check_missed(me, silent, read_began);
                     }
-                    self.after(10_000, Ev::DiskEvent { node: i, life, event });
+                    let at = self.queue_to(i, |d| &mut d.events_until);
+                    self.at(at, Ev::DiskEvent { node: i, life, event });
                 }
             }
         }

@@ -36,6 +36,7 @@ pub(crate) enum Mutant {
     LeaseOfAnyView,
     PermitForEver,
     FenceWithoutQuorum,
+    PassedByGoesOn,
     SafeAsAgreed,
     UsersAlwaysOpen,
     KillsNotRead,

@@ -1,9 +1,9 @@
 //! What a founder of a lock space knows, and what it may say.
 
 use super::{Action, Config, Core, CoreView, Event};
-use crate::msg::Msg;
+use crate::msg::{Msg, TreeOp};
 use crate::name::ResName;
-use crate::types::{Flags, Mode};
+use crate::types::{Flags, LockId, Mode};
 use cairn_base::{Boottime, Incarnation, NodeId, Proc, ViewId};
 
 fn node(n: u16) -> Proc {
@@ -53,4 +53,45 @@ fn a_founder_that_has_begun_has_state() {
     core.request(Boottime::ZERO, &name, Mode::EX, Flags::NONE, 0, None, &mut Vec::new()).expect("a request");
     let (fresh, _) = view(&mut core, 2, &[1, 2]).expect("a marker for the other");
     assert!(!fresh);
+}
+
+/// The proof is told before the view that shows the loss: what goes with the fence goes with that view, the rest waits for the replay.
+#[test]
+fn a_fence_before_the_view_frees_what_goes_with_it() {
+    let mut core = Core::new(Config::new(node(1)));
+    view(&mut core, 1, &[1, 2]);
+    say(&mut core, 2, 1, Msg::SyncEnd { fresh: true, gates: Vec::new() });
+    let names = [&b"mount"[..], b"data"].map(|n| ResName::root_of(n).expect("a short name"));
+    let mut ask = |core: &mut Core, name: &ResName, flags| {
+        let mut out = Vec::new();
+        let lock = core.request(Boottime::ZERO, name, Mode::EX, flags, 0, None, &mut out).expect("a request");
+        (lock, out.iter().any(|a| matches!(a, Action::Complete(c) if c.mode == Some(Mode::EX))))
+    };
+    // both are mastered here, granted to node 2, wanted by us
+    let mut mine = Vec::new();
+    for (at, name) in names.iter().enumerate() {
+        let flags = if at == 0 { Flags::RELEASE_AT_FENCE } else { Flags::NONE };
+        let (lock, granted) = ask(&mut core, name, flags);
+        assert!(granted, "{name}");
+        core.unlock(Boottime::ZERO, lock, Flags::NONE, None, &mut Vec::new()).expect("an unlock");
+        let tree = core.by_root[name] as usize;
+        let term = core.trees[tree].term;
+        let id = LockId(at as u64);
+        let op = TreeOp::Request { id, op: 1, mode: Mode::EX, flags, order: 5 + at as u64 };
+        say(&mut core, 2, 1, Msg::Op { name: name.clone(), term, op });
+        let (lock, granted) = ask(&mut core, name, flags);
+        assert!(!granted, "node 2 holds {name}");
+        mine.push(lock);
+    }
+    core.step(Boottime::ZERO, Event::Fenced(node(2)), &mut Vec::new()).expect("a fence");
+    let mut out = Vec::new();
+    let lost = CoreView { id: ViewId(2), members: vec![node(1)], left_clean: Vec::new() };
+    core.step(Boottime::ZERO, Event::View(lost), &mut out).expect("views rise");
+    let done = |out: &[Action]| -> Vec<LockId> {
+        out.iter().filter_map(|a| if let Action::Complete(c) = a { Some(c.lock) } else { None }).collect()
+    };
+    assert_eq!(done(&out), [mine[0]]);
+    let mut out = Vec::new();
+    core.step(Boottime::ZERO, Event::Recovered { who: node(2), spread: false }, &mut out).expect("a replay");
+    assert_eq!(done(&out), [mine[1]]);
 }

@@ -119,6 +119,11 @@ impl Chain {
         self.included.insert(view);
     }
 
+    /// A later view is recorded already: this one may not become quorate, because quorate views rise (its ring did not know how high).
+    pub(super) fn is_overtaken(&self) -> bool {
+        self.view != ViewName::NONE && self.view < self.last
+    }
+
     /// `quorate`: here, now; `by_device`: only with the device votes.
     pub(super) fn step(&mut self, quorate: bool, by_device: bool) -> Option<Step> {
         let all_here = !self.members.is_empty() && self.members.is_subset(&self.installed);

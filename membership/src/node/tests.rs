@@ -26,13 +26,16 @@ struct Rig {
     core: NodeCore,
     now: Boottime,
     members: Vec<Proc>,
+    /// How those leave who leave.
+    how: How,
     out: Vec<NodeAction>,
 }
 
 impl Rig {
     fn new(conf: &str) -> Self {
         let config = StdArc::new(Config::parse(conf, "test").unwrap());
-        Self { core: NodeCore::new(proc(1, 1), config), now: T0, members: Vec::new(), out: Vec::new() }
+        let core = NodeCore::new(proc(1, 1), config);
+        Self { core, now: T0, members: Vec::new(), how: How::Failed, out: Vec::new() }
     }
 
     /// A view in which the others know what we know.
@@ -48,7 +51,7 @@ impl Rig {
         let left = old
             .iter()
             .filter(|p| !members.contains(p))
-            .map(|p| Left { member: member(*p), how: How::Failed, fenced: false })
+            .map(|p| Left { member: member(*p), how: self.how, fenced: false })
             .collect();
         let joined = members.iter().filter(|p| !old.contains(p)).map(|p| member(*p)).collect();
         let view = View {
@@ -438,4 +441,44 @@ fn a_life_that_the_disk_shows_to_be_passed_by_stops_itself() {
     r.view(4, &all(2));
     assert!(r.disk(QdiskEvent::LastView(later)).is_empty());
     assert_eq!(r.core.sync().last, later);
+    // but quorate views rise
+    r.now += Duration::from_millis(1);
+    let until = r.now + Duration::from_secs(3);
+    r.disk(QdiskEvent::Renewed { at: r.now });
+    let acts = r.disk(QdiskEvent::Votes { view: name_of(ring(4)), until });
+    assert!(acts.contains(&NodeAction::Stop(StopWhy::Excluded)), "quorate below a recorded view");
+}
+
+/// A mount that is ending is a victim to everybody, a newcomer too, until its node has seen its end.
+#[test]
+fn a_dying_mount_is_waited_for() {
+    let mut r = Rig::new(CONF);
+    r.view(4, &all(2));
+    let (client, fs) = (7, "web".to_owned());
+    r.core.mount_dying(client, fs.clone(), &mut r.out);
+    assert!(r.core.is_fencing(), "here at once: its group is told at once");
+    let mut newcomer = Rig::new(CONF);
+    let part = |r: &Rig| Bytes::from(postcard::to_stdvec(&r.core.sync()).unwrap());
+    let parts = [(member(proc(1, 1)), part(&r)), (member(proc(2, 1)), part(&newcomer))];
+    newcomer.view_of(8, &all(2), &parts);
+    assert!(newcomer.core.is_fencing());
+    newcomer.say(proc(1, 1), &NodeMsg::MountGone { client, fs: fs.clone() });
+    assert!(!newcomer.core.is_fencing());
+    newcomer.say(proc(1, 1), &NodeMsg::MountDying { client, fs });
+    assert!(!newcomer.core.is_fencing(), "not again");
+}
+
+/// Who was never in the fence domain is no loss, but may count the device votes until its lease ends.
+#[test]
+fn only_a_goodbye_to_the_ring_is_told_to_the_disk() {
+    let mut r = Rig::new(CONF);
+    r.view(4, &all(4));
+    let gone = |acts: Vec<NodeAction>| {
+        acts.iter().any(|a| matches!(a, NodeAction::Disk(QdiskCommand::Gone(p)) if *p == proc(4, 1)))
+    };
+    assert!(!gone(r.view(8, &all(3))), "silence");
+    let mut r = Rig::new(CONF);
+    r.view(4, &all(4));
+    r.how = How::Clean;
+    assert!(gone(r.view(8, &all(3))));
 }

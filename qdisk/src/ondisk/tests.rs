@@ -33,6 +33,7 @@ fn block() -> EBlock {
         },
         ring_seq: 16,
         highest_incarnation: Incarnation(0x1234_5678_9ABC),
+        last_view: ViewName { seq: 8, rep: NodeId(2), rep_incarnation: Incarnation(6) },
         ..EBlock::default()
     };
     b.kill[3] = Some(Kill { incarnation: Incarnation(8), reason: KillReason::Fence, view_seq: 12 });

@@ -69,7 +69,8 @@ impl World {
             self.say(|| picture);
             return self.kill_mount(i, "the mount takes too long");
         }
-        let busy = self.m(i).step != Step::Mounted || !self.m(i).members.is_settled();
+        let m = self.m(i);
+        let busy = m.step != Step::Mounted || m.unmounting || !m.members.is_settled();
         if busy {
             self.timer(i, 50 * MS);
         }

@@ -530,3 +530,30 @@ fn who_was_passed_by_is_a_victim_and_the_domain_forms_anew() {
     assert!(merged.is_excluded(life(2, 1)) && merged.is_excluded(life(3, 1)));
     assert!(!merged.is_excluded(life(1, 7)));
 }
+
+/// Node 1 ran an agent when the view was formed; it fails. Node 2 must not wait for it, nor it for node 2.
+#[test]
+fn a_failed_agent_is_busy_no_more() {
+    let life = |n: u16| Proc { node: NodeId(n), incarnation: Incarnation(1) };
+    let (one, two, victim) = (life(1), life(2), life(3));
+    let mut state = DomainState { formed: true, ..DomainState::default() };
+    state.members = [(one, false), (two, true)].into();
+    state.victims = [(victim, Cause::Failed)].into();
+    let part =
+        |running: &[Proc]| DomainSync { state: state.clone(), running: running.iter().copied().collect() };
+    let parts = [part(&[victim]), part(&[])];
+    let merged = merge([(NodeId(1), &parts[0]), (NodeId(2), &parts[1])].into_iter(), &BTreeSet::new());
+    let now = Boottime::from_millis(1000);
+    let mut core = Domain::new(config(two));
+    let mut out = Vec::new();
+    core.view(now, 8, &[one, two], merged, 0, &mut out);
+    core.set_recorded(true);
+    core.quorate(now, true, &mut out);
+    let starts = |out: &[DomainAction]| {
+        out.iter().any(|a| matches!(a, DomainAction::Send { msg: DomainMsg::Start { .. }, .. }))
+    };
+    assert!(!starts(&out), "node 1 is at it");
+    let fail = DomainMsg::Fail { victim, attempt: 1, error: "agent failed".to_owned() };
+    core.message(now, one, fail, &mut out);
+    assert!(starts(&out));
+}

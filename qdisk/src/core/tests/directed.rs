@@ -338,3 +338,38 @@ fn stop_limit_takes_votes_on_time_at_both_edges() {
     n.core.step(edge, Input::Tick, &mut n.out);
     assert!(n.core.votes_held(edge).is_none() && n.core.disk == DiskState::Lost);
 }
+
+/// A view is recorded with the next write, which comes at once, but not while a failed one may still land. What others have recorded
+/// is told before the votes, and goes on in my block.
+#[test]
+fn a_view_is_recorded_at_once_and_shown_to_all() {
+    let mut one = One::new(1, 0);
+    let t = one.up(view(8, &[1, 2, 3]));
+    one.cycle(t, 5);
+    one.out.clear();
+    one.step(t + 20, Input::Command(Cmd::Record(name(8))));
+    assert_eq!(one.block.last_view, name(8), "the cycle is brought forward");
+    one.slots[0] = Slot::Valid(Box::new(one.block.clone()));
+    let recorded = |one: &One, view| {
+        one.out.iter().any(|a| matches!(a, Action::Event(QdiskEvent::Recorded(v)) if *v == view))
+    };
+    assert!(!recorded(&one, name(8)));
+    one.step(t + 25, Input::WriteDone);
+    assert!(recorded(&one, name(8)));
+    one.peer(2, |b| b.last_view = name(12));
+    one.step(t + 30, Input::ReadDone(one.slots.clone()));
+    let at = |one: &One, f: &dyn Fn(&QdiskEvent) -> bool| {
+        one.out.iter().position(|a| matches!(a, Action::Event(e) if f(e)))
+    };
+    assert!(at(&one, &|e| *e == QdiskEvent::LastView(name(12))).is_some());
+    // a write fails: nothing goes out before it has landed or never will
+    let next = t + 20 + I;
+    one.step(next, Input::Tick);
+    assert_eq!(one.block.last_view, name(12));
+    let seq = one.block.seq;
+    one.step(next + 5, Input::WriteFailed);
+    one.step(next + 6, Input::Command(Cmd::Record(name(16))));
+    assert_eq!(one.block.seq, seq);
+    one.step(next + 150, Input::Tick);
+    assert_eq!((one.block.seq, one.block.last_view), (seq + 1, name(16)));
+}
