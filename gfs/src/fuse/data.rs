@@ -239,7 +239,8 @@ impl Adapter {
         self.serve_pages(ino, Pages { first: 0, last: 0 }, true, true, reply, read, answer);
     }
 
-    /// A request whose reply fills `pages` of the kernel's cache (surely when `certain`, perhaps when it `fills` whole ones). A page pass must neither wait for one that waits, nor miss one that has been
+    /// A request whose reply fills `pages` of the kernel's cache (surely when `certain`, perhaps when it `fills` whole ones).
+    /// A page pass must neither wait for one that waits, nor miss one that has been
     /// answered. `answer` writes the reply, and returns the holders if there was data.
     fn serve_pages<T: 'static, H: 'static>(
         &self,
