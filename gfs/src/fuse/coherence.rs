@@ -41,7 +41,8 @@ const CONTENDED: Duration = Duration::from_secs(1);
 const SETTLED: Duration = Duration::from_millis(100);
 /// A buffered WRITE whose own page keeps the drop of its pages waiting goes on after so many ticks of quiet: that page is not up to date, nothing
 /// is lost. It is met where a page was read and has gone again without our knowledge: by a pass that stood in line before the WRITE, by the kernel itself, or
-/// in a direct READ that looked like one of pages (in the stress in 3 of 100 ordered WRITEs). A drop that is merely slow must not be taken for it, or the WRITE ends beside an old page: so a thread is at it, no READ
+/// in a direct READ that looked like one of pages (in the stress about one in 150 ordered WRITEs).
+/// A drop that is merely slow must not be taken for it, or the WRITE ends beside an old page: so a thread is at it, no READ
 /// and no write-back is waited for, and this thread was woken in time at each tick, as everybody is whom a busy processor keeps from unlocking a page
 /// (on a processor that stays busy: for [`OWN_PAGE_BUSY`]).
 /// The drop is then left behind, and removes pages some time later, when the next WRITE may have filled them: that one is ordered as well.
