@@ -273,8 +273,9 @@ impl fmt::Display for StopWhy {
 /// What a client is told. See the module page for the order that is promised.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClusterEvent {
+    /// `quorate`: by its votes. A client may take itself for quorate with [`Self::Quorum`] only; it loses quorum with either.
     View(ViewInfo),
-    /// Quorum changed inside the view (device, expected votes, shrink).
+    /// Quorum came with a view, which is recorded now, or changed inside it (device, expected votes, shrink).
     Quorum {
         view: ViewId,
         needed: u32,
@@ -298,6 +299,7 @@ pub enum ClusterEvent {
     },
     /// Members are sorted by (node, incarnation, client). `view_no` is the same at all members and rises. Those that left
     /// come without payload.
+    /// In a quorate view this and the messages of groups come when the view is recorded.
     GroupView {
         group: String,
         view_no: u64,

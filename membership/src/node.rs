@@ -8,6 +8,7 @@
 //! itself), SS3 (disk not renewed), SS4 (killed), SS5 (a quorate view went on without this life).
 
 mod chain;
+mod told;
 
 use crate::config::{Config, Dialect};
 use crate::event::{GroupMessage, GroupView, GroupsEvent, How, Reason, RingId, View};
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
+use told::Told;
 
 /// Service number of the node core in the ordered messages between daemons.
 pub const SERVICE: u8 = 1;
@@ -214,6 +216,7 @@ pub struct NodeCore {
     electorate: Electorate,
     domain: Domain,
     chain: Chain,
+    told: Told,
     view: Option<Current>,
     expected: u32,
     effective: u32,
@@ -299,6 +302,7 @@ impl NodeCore {
             electorate,
             domain,
             chain: Chain::default(),
+            told: Told::default(),
             view: None,
             expected,
             effective: expected,
@@ -344,10 +348,10 @@ impl NodeCore {
             }
             GroupsEvent::View { view, state } => self.on_view(now, unix, view, &state, out),
             GroupsEvent::GroupView { local, view } => {
-                out.push(NodeAction::ToClients { clients: local, event: group_view(view) });
+                self.told.event(local, group_view(view), self.standing(), out);
             }
             GroupsEvent::GroupMessage { local, message } => {
-                out.push(NodeAction::ToClients { clients: local, event: group_message(message) });
+                self.told.event(local, group_message(message), self.standing(), out);
             }
             GroupsEvent::Service { service: SERVICE, from, data, .. } => {
                 // an ordered message that does not decode comes from another version; all ignore it alike
@@ -360,11 +364,8 @@ impl NodeCore {
             | GroupsEvent::SyncMismatch { .. }
             | GroupsEvent::Writable { .. }
             | GroupsEvent::Blocked
+            | GroupsEvent::Unblocked
             | GroupsEvent::Stopped => {}
-            // Who gains quorum with a view hears of it behind the groups' own views: what was shown to it while it had none may be
-            // overtaken by them.
-            GroupsEvent::Unblocked if self.quorum.quorate => self.tell_quorum(QuorumWhy::View, out),
-            GroupsEvent::Unblocked => {}
         }
     }
 
@@ -655,6 +656,9 @@ impl NodeCore {
         }
         if self.chain.is_recorded() && !self.domain.is_recorded() {
             self.domain.set_recorded(true);
+            if self.quorum.quorate {
+                self.tell_quorum(QuorumWhy::View, out);
+            }
             let mut acts = Vec::new();
             self.domain.tick(now, &mut acts);
             self.domain_actions(acts, out);
@@ -809,11 +813,27 @@ impl NodeCore {
         }
     }
 
-    fn tell_quorum(&self, why: QuorumWhy, out: &mut Vec<NodeAction>) {
-        let Some(view) = &self.view else { return };
+    fn tell_quorum(&mut self, why: QuorumWhy, out: &mut Vec<NodeAction>) {
+        let (quorate, recorded) = self.standing();
+        if quorate && recorded {
+            self.told.recorded(out);
+        }
+        out.extend(self.quorum_event(why).map(NodeAction::Event));
+        if !quorate {
+            self.told.lost(out);
+        }
+    }
+
+    fn quorum_event(&self, why: QuorumWhy) -> Option<ClusterEvent> {
         let Quorum { needed, have, quorate } = self.quorum;
-        let view = ViewId(view.id.seq);
-        out.push(NodeAction::Event(ClusterEvent::Quorum { view, needed, have, quorate, why }));
+        let view = ViewId(self.view.as_ref()?.id.seq);
+        let quorate = quorate && self.told.is_quorate();
+        Some(ClusterEvent::Quorum { view, needed, have, quorate, why })
+    }
+
+    /// The present view is quorate; is recorded.
+    fn standing(&self) -> (bool, bool) {
+        (self.quorum.quorate, self.chain.is_recorded())
     }
 
     fn may_fence(&self, quorate: bool) -> bool {
@@ -1039,7 +1059,7 @@ impl NodeCore {
     pub fn snapshot(&self, now: Boottime) -> Vec<ClusterEvent> {
         let mut events = Vec::new();
         if let Some(v) = &self.view {
-            let Quorum { needed, have, quorate } = self.quorum;
+            let quorate = self.quorum.quorate;
             let members = v.members.iter().map(|m| ViewMember {
                 node: m.node,
                 incarnation: m.incarnation,
@@ -1054,7 +1074,7 @@ impl NodeCore {
                 left: Vec::new(),
                 quorate,
             }));
-            events.push(ClusterEvent::Quorum { view: id, needed, have, quorate, why: QuorumWhy::View });
+            events.extend(self.quorum_event(QuorumWhy::View));
             if self.permit {
                 events.push(ClusterEvent::PermitGranted { view: id });
             }

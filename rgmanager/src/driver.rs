@@ -168,7 +168,8 @@ impl Driver {
 
     fn on_cluster(&mut self, event: ClusterEvent) {
         match event {
-            ClusterEvent::View(v) => self.feed(Event::Quorum(v.quorate)),
+            // quorum that comes with a view is told when that view is recorded
+            ClusterEvent::View(v) if !v.quorate => self.feed(Event::Quorum(false)),
             ClusterEvent::Quorum { quorate, .. } => self.feed(Event::Quorum(quorate)),
             ClusterEvent::Stop { .. } => self.feed(Event::Over),
             ClusterEvent::Leaving { .. } => self.feed(Event::Shutdown),

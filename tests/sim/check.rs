@@ -287,18 +287,20 @@ impl World {
                 }
                 self.audit.tidy();
             }
-            ClusterEvent::Fenced { proc, scope: Scope::Node, .. } => {
-                let n = &self.nodes[usize::from(proc.node.0) - 1];
-                // what is cut from the LUN is proved too, although it runs
-                let later = u64::from(n.daemon.is_some() && !n.blocked);
-                let last = n.incarnation - later.min(n.incarnation);
-                let before = self.audit.before.entry(proc.node).or_default();
-                *before = last.max(*before);
-            }
             ClusterEvent::PermitWithdrawn { .. } => self.audit.seen.lost_permits += 1,
             ClusterEvent::Device { held: true, .. } => self.audit.seen.grants_of_votes += 1,
             _ => {}
         }
+    }
+
+    /// An agent has proved that whatever ran on that node is dead. The proof is told for a long time, of what begins later it says nothing.
+    pub(crate) fn unknown_proved(&mut self, node: NodeId) {
+        let n = &self.nodes[usize::from(node.0) - 1];
+        // what is cut from the LUN is proved too, although it runs
+        let later = u64::from(n.daemon.is_some() && !n.blocked);
+        let last = n.incarnation - later.min(n.incarnation);
+        let before = self.audit.before.entry(node).or_default();
+        *before = last.max(*before);
     }
 
     /// Nothing of what is proved dead may be able to write.
@@ -578,7 +580,7 @@ impl World {
             }
             let n = &self.nodes[usize::from(o.node.0) - 1];
             let runs = n.mount.as_ref().is_some_and(|m: &Mount| m.who == o && !m.dead) && !n.blocked;
-            if runs || self.lun.busy(o) {
+            if runs || self.lun.busy(o) && !n.blocked {
                 self.audit.fail(format!("I8 {who} replays journal {jid} of {o}, which can still write"));
             }
         }

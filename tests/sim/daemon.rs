@@ -447,6 +447,9 @@ impl World {
             self.settle_io(v, u64::MAX);
             Ok(Proof::Exited)
         };
+        if result.is_ok() && victim.incarnation.0 == 0 {
+            self.unknown_proved(victim.node);
+        }
         let delay = self.between(MS, 20 * MS);
         self.after(delay, Ev::Agent { node: by, life, victim, result });
     }

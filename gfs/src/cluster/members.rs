@@ -130,7 +130,7 @@ impl Members {
     /// An event of the daemon; those of other groups and those that end the mount are none of ours.
     pub fn event(&mut self, group: &str, event: &ClusterEvent) -> Vec<Action> {
         match event {
-            // quorum that comes with a view is announced behind the groups' views of it
+            // quorum that comes with a view is told when that view is recorded, behind the groups' views of it
             ClusterEvent::View(v) if !v.quorate => self.quorate(false),
             ClusterEvent::Quorum { quorate, .. } => self.quorate(*quorate),
             ClusterEvent::GroupView { group: of, view_no, members, left, .. } if of == group => {
@@ -212,9 +212,15 @@ impl Members {
             return Vec::new();
         }
         let Some((view, left_clean)) = self.pending.take() else { return Vec::new() };
-        self.lost.values_mut().for_each(|l| l.is_given = true);
         let members = self.present.values().map(|k| (k.peer.who, k.peer.address)).collect();
-        vec![Action::LockView { view, members, left_clean }]
+        let mut out = vec![Action::LockView { view, members, left_clean }];
+        // Told before, its fence would be that of somebody whom the lock manager never had a gate for.
+        for (who, l) in &mut self.lost {
+            if !std::mem::replace(&mut l.is_given, true) && l.is_fenced {
+                out.push(Action::LockFenced(*who));
+            }
+        }
+        out
     }
 
     /// `left`: (life of the node, client, said goodbye).

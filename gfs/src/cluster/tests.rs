@@ -90,6 +90,21 @@ fn who_was_missed_without_quorum_only_is_no_loss() {
     assert_eq!(m.journals_in_use(), [JournalId(1), JournalId(0)]);
 }
 
+/// A mount comes and is lost and fenced while we have no quorum: the lock manager has no gate for it before it is given the view.
+#[test]
+fn the_lock_manager_is_told_of_a_fence_behind_the_view_that_shows_the_loss() {
+    let mut m = two();
+    m.quorate(false);
+    m.fenced(node(2, 6), &Scope::Node);
+    let out = m.view(3, vec![peer(1, 5, 1, 100)], &[(node(2, 6), 3, false)]);
+    assert!(!out.iter().any(|a| matches!(a, Action::LockView { .. })));
+    let out = m.quorate(true);
+    assert!(
+        matches!(&out[..], [Action::LockView { view: 3, .. }, Action::LockFenced(who), Action::Resume] if *who == node(2, 200)),
+        "{out:?}"
+    );
+}
+
 /// A mount that a quorate view has lost wakes up before its fence: it is kept out until the fence, and recovered as every other.
 #[test]
 fn a_ghost_stays_out() {

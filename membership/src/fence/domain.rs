@@ -67,6 +67,14 @@ pub struct Gone {
     pub how: How,
 }
 
+/// Whatever may run on a node, named by the view in which somebody wanted a proof of its death. A proof of a life that was known
+/// before says nothing of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unknown {
+    pub wanted: u64,
+    pub proved: u64,
+}
+
 /// What all members know.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainState {
@@ -76,6 +84,8 @@ pub struct DomainState {
     pub members: BTreeMap<Proc, bool>,
     pub victims: BTreeMap<Proc, Cause>,
     pub gone: BTreeMap<NodeId, Gone>,
+    /// Stands for the victims with incarnation 0; both numbers only rise.
+    pub unknown: BTreeMap<NodeId, Unknown>,
 }
 
 impl DomainState {
@@ -85,10 +95,27 @@ impl DomainState {
     }
 
     fn is_gone(&self, p: Proc) -> bool {
+        if p.incarnation == Incarnation(0) {
+            return self.unknown.get(&p.node).is_none_or(|u| u.proved >= u.wanted);
+        }
         self.gone.get(&p.node).is_some_and(|g| g.incarnation >= p.incarnation)
     }
 
+    /// Whatever runs on that node is a victim, by a view of this number.
+    fn suspect(&mut self, node: NodeId, view: u64, cause: Cause) {
+        let u = self.unknown.entry(node).or_default();
+        u.wanted = u.wanted.max(view);
+        if u.wanted > u.proved {
+            self.victims.entry(Proc { node, incarnation: Incarnation(0) }).or_insert(cause);
+        }
+    }
+
     fn bury(&mut self, p: Proc, how: How) {
+        if p.incarnation == Incarnation(0)
+            && let Some(u) = self.unknown.get_mut(&p.node)
+        {
+            u.proved = u.wanted;
+        }
         let newer = self.gone.get(&p.node).is_none_or(|g| g.incarnation < p.incarnation);
         if newer {
             self.gone.insert(p.node, Gone { incarnation: p.incarnation, how });
@@ -97,10 +124,12 @@ impl DomainState {
     }
 
     fn prune(&mut self) {
-        let gone = &self.gone;
-        let is_gone = |p: &Proc| gone.get(&p.node).is_some_and(|g| g.incarnation >= p.incarnation);
-        self.members.retain(|p, _| !is_gone(p));
-        self.victims.retain(|p, _| !is_gone(p));
+        let over: Vec<Proc> =
+            self.members.keys().chain(self.victims.keys()).filter(|p| self.is_gone(**p)).copied().collect();
+        for p in over {
+            self.members.remove(&p);
+            self.victims.remove(&p);
+        }
     }
 
     fn absorb(&mut self, other: &Self) {
@@ -118,6 +147,11 @@ impl DomainState {
         }
         for (p, started) in &other.members {
             *self.members.entry(*p).or_default() |= started;
+        }
+        for (node, u) in &other.unknown {
+            let mine = self.unknown.entry(*node).or_default();
+            mine.wanted = mine.wanted.max(u.wanted);
+            mine.proved = mine.proved.max(u.proved);
         }
         for (p, cause) in &other.victims {
             let c = self.victims.entry(*p).or_insert(*cause);
@@ -465,7 +499,9 @@ impl Domain {
                 }
             }
             DomainMsg::Ask(p) => {
-                if !self.state.is_gone(p) && !self.members.contains(&p) {
+                if p.incarnation == Incarnation(0) {
+                    self.state.suspect(p.node, self.view, Cause::Asked);
+                } else if !self.state.is_gone(p) && !self.members.contains(&p) {
                     self.state.victims.entry(p).or_insert(Cause::Asked);
                 }
             }
@@ -666,8 +702,7 @@ impl Domain {
                 for (node, (_, has_methods)) in &self.cfg.nodes {
                     let absent = !self.members.iter().any(|m| m.node == *node);
                     if absent && (*has_methods || !self.cfg.skip_undefined) {
-                        let unknown = Proc { node: *node, incarnation: Incarnation(0) };
-                        self.state.victims.entry(unknown).or_insert(Cause::Startup);
+                        self.state.suspect(*node, self.view, Cause::Startup);
                     }
                 }
             }

@@ -5,7 +5,7 @@
 //! each of its members and on the quorum disk where its quorum rests on it, before anything is decided in it:
 //!
 //! ```text
-//!   view ──Installed (safe)──► from all ──quorate?──► file, disk ──Recorded (safe)──► from all: decide (admissions, proofs, mounts)
+//!   view ──Installed (safe)──► from all ──quorate?──► file, disk ──Recorded (safe)──► from all: decide (admissions, proofs; clients: `told.rs`)
 //! ```
 //!
 //! A life whose state does not include the newest recorded view has been passed by: it stops (SS5). Where nobody's state does, the

@@ -369,6 +369,13 @@ fn an_older_configuration_is_not_served() {
     assert!(acts.contains(&NodeAction::Stop(StopWhy::Excluded)));
 }
 
+/// Of a group that no client of ours can tell from another.
+fn group_view(view_no: u64) -> GroupsEvent {
+    let group = crate::event::GroupName::new("g").unwrap();
+    let view = GroupView { group, view_no, members: Vec::new(), joined: Vec::new(), left: Vec::new() };
+    GroupsEvent::GroupView { local: vec![1], view }
+}
+
 /// Nothing is decided in a view before all its members have it in their files.
 #[test]
 fn a_view_is_recorded_before_anything_is_decided_in_it() {
@@ -413,14 +420,59 @@ fn a_view_is_recorded_before_anything_is_decided_in_it() {
     }
     assert!(hear(&mut core, proc(3, 1), &NodeMsg::Installed(name)).contains(&record));
     let mut out = Vec::new();
+    core.groups_event(now, 0, group_view(4), &mut out);
+    assert!(out.is_empty(), "locks would be passed on in it");
+    let quorate = |snapshot: &[ClusterEvent]| {
+        snapshot.iter().any(|e| matches!(e, ClusterEvent::Quorum { quorate: true, .. }))
+    };
+    assert!(!quorate(&core.snapshot(now)));
     core.view_recorded(now, name, &mut out);
     for p in all(2) {
         hear(&mut core, p, &NodeMsg::Recorded(name));
     }
     assert!(!core.may_join() && !core.domain().is_recorded());
-    hear(&mut core, proc(3, 1), &NodeMsg::Recorded(name));
+    let told: Vec<_> = hear(&mut core, proc(3, 1), &NodeMsg::Recorded(name))
+        .into_iter()
+        .filter(|a| {
+            matches!(a, NodeAction::ToClients { .. } | NodeAction::Event(ClusterEvent::Quorum { .. }))
+        })
+        .collect();
+    assert!(
+        matches!(
+            &told[..],
+            [
+                NodeAction::ToClients { event: ClusterEvent::GroupView { view_no: 4, .. }, .. },
+                NodeAction::Event(ClusterEvent::Quorum { quorate: true, .. })
+            ]
+        ),
+        "the views first: {told:?}"
+    );
+    assert!(quorate(&core.snapshot(now)));
     assert!(core.domain().is_recorded());
     assert_eq!(said, [NodeMsg::Domain(DomainMsg::Join(me))], "not before");
+}
+
+/// Clients that were quorate go on in the view before while the next one is recorded, and hear of it at once when quorum goes.
+#[test]
+fn what_is_held_until_the_record_is_told_when_quorum_goes() {
+    let conf = CONF.replace("<quorumd device=\"file:/x\" votes=\"2\"/>", "");
+    let mut r = Rig::new(&conf);
+    r.view(4, &all(4));
+    let now = r.now;
+    r.core.ring_broken(&mut r.out);
+    r.core.groups_event(now, 0, group_view(9), &mut r.out);
+    assert!(r.out.is_empty());
+    let goes_on = |e: &ClusterEvent| matches!(e, ClusterEvent::Quorum { quorate: true, .. });
+    assert!(r.core.snapshot(now).iter().any(goes_on));
+    let acts = r.view(8, &all(2));
+    let lost =
+        acts.iter().position(|a| matches!(a, NodeAction::Event(ClusterEvent::Quorum { quorate: false, .. })));
+    let told = acts.iter().position(|a| {
+        matches!(a, NodeAction::ToClients { event: ClusterEvent::GroupView { view_no: 9, .. }, .. })
+    });
+    assert!(lost.is_some() && lost < told, "{acts:?}");
+    r.core.groups_event(now, 0, group_view(10), &mut r.out);
+    assert_eq!(r.settle().len(), 1, "it decides nothing with it");
 }
 
 /// The disk shows that others were quorate after the last view that this life's state includes.

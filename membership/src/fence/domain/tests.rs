@@ -557,3 +557,32 @@ fn a_failed_agent_is_busy_no_more() {
     core.message(now, one, fail, &mut out);
     assert!(starts(&out));
 }
+
+/// The domain forms anew. An old proof for node 3 says nothing of what may run there now.
+#[test]
+fn an_old_proof_does_not_answer_for_an_unknown_life() {
+    let life = |n: u16, i: u64| Proc { node: NodeId(n), incarnation: Incarnation(i) };
+    let (me, unknown) = (life(1, 5), life(3, 0));
+    let how = How::Fenced { fencer: NodeId(2), proof: Proof::Exited, unix_time: 0 };
+    let gone = [(NodeId(3), Gone { incarnation: Incarnation(1), how })].into();
+    let part = DomainSync { state: DomainState { gone, ..DomainState::default() }, ..DomainSync::default() };
+    let merged = merge([(NodeId(1), &part)].into_iter(), &BTreeSet::new());
+    let now = Boottime::from_millis(1000);
+    let mut core = Domain::new(config(me));
+    let mut out = Vec::new();
+    core.view(now, 8, &[me, life(2, 2)], merged, 0, &mut out);
+    core.set_recorded(true);
+    core.quorate(now, true, &mut out);
+    core.message(now, me, DomainMsg::Join(me), &mut out);
+    assert!(core.state().victims.contains_key(&unknown));
+    let done = |victim| DomainMsg::Done { victim, proof: Proof::NotRunning, unix_time: 0 };
+    core.message(now, me, done(life(3, 1)), &mut out);
+    assert!(core.state().victims.contains_key(&unknown), "a known life");
+    let old = core.sync();
+    core.message(now, me, done(unknown), &mut out);
+    assert!(core.state().victims.is_empty());
+    // who has not heard the proof brings the victim not back
+    let parts = [core.sync(), old];
+    let merged = merge([(NodeId(1), &parts[0]), (NodeId(2), &parts[1])].into_iter(), &BTreeSet::new());
+    assert!(merged.state.victims.is_empty());
+}
