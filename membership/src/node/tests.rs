@@ -1,7 +1,7 @@
 //! The node core alone: views are handed to it with what the synchronisation round would have made of its members' states.
 
 use super::*;
-use crate::event::{Left, Member};
+use crate::event::{GroupView, Left, Member};
 use std::sync::Arc as StdArc;
 
 const CONF: &str = r#"<cluster name="c" config_version="3"><cairn one_host="yes" run_dir="/nonexistent/%n"/>
