@@ -182,7 +182,7 @@ fn lock_words(device: &str) -> Result<(String, String)> {
     about = "Mount a GFS2 volume",
     version,
     after_help = "DEVICE is a block device, a file, file:/path, or one of these with #part=N for a GPT partition.\n\
-        Options: lockproto=lock_nolock|lock_dlm, locktable=CLUSTER:FS, ro, spectator, noatime, relatime, commit=SECONDS,\n  \
+        Options: lockproto=lock_nolock|lock_dlm, locktable=CLUSTER:FS, ro, spectator, noatime, relatime, sync, commit=SECONDS,\n  \
         cache=SIZE, journal=N, read_ahead_kb=N, allow_other, nodev, nosuid, noexec, run_dir=DIR, debug, foreground.\n\
         Exit codes: 0 mounted; 1 wrong usage or missing permission; 2 no /dev/fuse; 32 the volume cannot be mounted;\n  \
         33 (with --foreground) ended by its node.\n\

@@ -108,11 +108,13 @@ pub struct FsOptions {
     pub atime: Atime,
     /// Bytes of file data kept in memory at most, dirty data included.
     pub data_cache: usize,
+    /// Every change is durable before it is answered.
+    pub sync: bool,
 }
 
 impl Default for FsOptions {
     fn default() -> Self {
-        Self { atime: Atime::default(), data_cache: 256 << 20 }
+        Self { atime: Atime::default(), data_cache: 256 << 20, sync: false }
     }
 }
 

@@ -13,6 +13,7 @@ use crate::bmap::Bottom;
 use crate::bmap::truncate::runs;
 use crate::glock::{AcquireFlags, LockState, is_nowait};
 use crate::inode::{Inode, Locked};
+use crate::journal::log::FlushReason;
 use crate::ondisk::bitmap::BlockState;
 use crate::ondisk::dinode::{DIF_EA_INDIRECT, DIF_EXHASH, Dinode, S_IFMT, S_IFREG};
 use crate::ondisk::header::MetaType;
@@ -164,9 +165,13 @@ impl Fs {
         self.reclaim();
     }
 
-    /// Runs an operation once more when it found no space while space was about to be freed.
-    pub(crate) fn with_space<T>(&self, operation: impl Fn() -> Result<T>) -> Result<T> {
-        match operation() {
+    /// Runs an operation that changes something: once more when it found no space while space was about to be freed, and down to the disk
+    /// where the mount is synchronous.
+    pub(crate) fn change<T>(&self, operation: impl Fn() -> Result<T>) -> Result<T> {
+        if self.options.sync && is_nowait() {
+            return Err(Error::WouldBlock);
+        }
+        let done = match operation() {
             Err(Error::Errno(libc::ENOSPC)) if !self.orphans.is_idle() => {
                 if is_nowait() {
                     return Err(Error::WouldBlock);
@@ -175,7 +180,11 @@ impl Fs {
                 operation()
             }
             other => other,
+        }?;
+        if self.options.sync {
+            self.volume().log_flush(FlushReason::Fsync)?;
         }
+        Ok(done)
     }
 
     /// Frees what is queued. Waits for glocks; never for another node's users.

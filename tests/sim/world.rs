@@ -37,6 +37,7 @@ pub(crate) enum Mutant {
     PermitForEver,
     FenceWithoutQuorum,
     PassedByGoesOn,
+    ToldBeforeRecord,
     SafeAsAgreed,
     UsersAlwaysOpen,
     KillsNotRead,

@@ -17,6 +17,8 @@ pub struct Options {
     pub read_only: bool,
     pub spectator: bool,
     pub atime: bool,
+    /// Every change is durable before it is answered.
+    pub sync: bool,
     pub commit: Duration,
     /// Memory for data and metadata together.
     pub cache_bytes: usize,
@@ -43,6 +45,7 @@ impl Default for Options {
             read_only: false,
             spectator: false,
             atime: true,
+            sync: false,
             commit: MountOptions::default().commit,
             cache_bytes: DEFAULT_CACHE,
             journal: None,
@@ -93,6 +96,8 @@ impl Options {
             "ro" => self.read_only = true,
             "rw" => self.read_only = false,
             "spectator" => (self.spectator, self.read_only) = (true, true),
+            "sync" | "dirsync" => self.sync = true,
+            "async" => self.sync = false,
             "noatime" => self.atime = false,
             "relatime" | "atime" | "strictatime" => self.atime = true,
             "commit" => match number()? {
@@ -118,8 +123,7 @@ impl Options {
             "exec" => self.noexec = false,
             // For mount(8), systemd and users' fstab lines; of no meaning here.
             "defaults" | "_netdev" | "auto" | "noauto" | "user" | "nouser" | "users" | "owner" | "group"
-            | "nofail" | "async" | "sync" | "dirsync" | "nodiratime" | "diratime" | "acl" | "noacl"
-            | "remount" | "loop" => {
+            | "nofail" | "nodiratime" | "diratime" | "acl" | "noacl" | "remount" | "loop" => {
                 if key == "remount" {
                     return Err("is not possible; unmount and mount again".into());
                 }
@@ -146,6 +150,7 @@ impl Options {
         FsOptions {
             atime: if self.atime { Atime::Relative } else { Atime::Never },
             data_cache: self.cache_bytes - self.cache_bytes / METADATA_SHARE,
+            sync: self.sync,
         }
     }
 

@@ -59,7 +59,7 @@ impl Fs {
 
     /// Errors: EINVAL (size of something that is no file), EFBIG, ENOSPC (a small file that grows out of its dinode), EPERM (immutable).
     pub fn setattr(&self, ino: BlockNo, set: &SetAttr) -> Result<Held<Attr>> {
-        self.with_space(|| self.try_setattr(ino, set))
+        self.change(|| self.try_setattr(ino, set))
     }
 
     fn try_setattr(&self, ino: BlockNo, set: &SetAttr) -> Result<Held<Attr>> {

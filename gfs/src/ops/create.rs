@@ -174,7 +174,7 @@ impl Fs {
         node: NewNode<'_>,
         open: bool,
     ) -> Result<Held<Attr>> {
-        self.with_space(|| self.try_make(caller, parent, name, mode, node, open))
+        self.change(|| self.try_make(caller, parent, name, mode, node, open))
     }
 
     fn try_make(
@@ -327,7 +327,7 @@ impl Fs {
 
     /// Another name for an inode. Errors: EPERM for directories, EEXIST, ENOENT, EMLINK, ENOSPC.
     pub fn link(&self, ino: BlockNo, parent: BlockNo, name: &[u8]) -> Result<Held<Attr>> {
-        self.with_space(|| self.try_link(ino, parent, name))
+        self.change(|| self.try_link(ino, parent, name))
     }
 
     fn try_link(&self, ino: BlockNo, parent: BlockNo, name: &[u8]) -> Result<Held<Attr>> {

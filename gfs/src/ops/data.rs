@@ -163,7 +163,7 @@ impl Fs {
 
     /// Errors: ENOSPC, EFBIG, EPERM (immutable; append-only written elsewhere).
     pub fn write(&self, ino: BlockNo, offset: u64, data: &[u8], mode: WriteMode) -> Result<Held<Written>> {
-        let held = self.with_space(|| self.try_write(ino, offset, data, mode))?;
+        let held = self.change(|| self.try_write(ino, offset, data, mode))?;
         let done = held.value;
         if done.len == data.len() || mode.append || self.orphans.is_idle() {
             return Ok(held);
@@ -183,7 +183,7 @@ impl Fs {
         let mut file = self.lock(&inode, LockState::Exclusive)?;
         file.require_file()?;
         file.require_mutable()?;
-        let sync = mode.sync || file.d.flags & DIF_SYNC != 0;
+        let sync = mode.sync || self.options.sync || file.d.flags & DIF_SYNC != 0;
         if is_nowait() && (sync || mode.direct || self.budget.is_mostly_dirty()) {
             return Err(Error::WouldBlock);
         }
@@ -210,11 +210,14 @@ impl Fs {
         Ok(held)
     }
 
-    /// Durable: the data of the file, and everything its metadata needs. Other files' committed metadata comes along.
-    /// `WouldBlock` on a no-wait thread.
+    /// Durable: the data of the file, and everything its metadata needs. Other files' committed metadata comes along. Of the root
+    /// directory: everything ([`Self::syncfs`]), because FUSE servers do not hear of `syncfs(2)`. `WouldBlock` on a no-wait thread.
     pub fn fsync(&self, ino: BlockNo, _kind: SyncKind) -> Result<()> {
         if is_nowait() {
             return Err(Error::WouldBlock);
+        }
+        if ino == self.root().addr {
+            return self.syncfs();
         }
         self.sync_inode(&*self.inode(ino)?)
     }
@@ -239,7 +242,7 @@ impl Fs {
 
     /// Errors: ENOSPC, EFBIG, EINVAL, ENODEV (no regular file).
     pub fn fallocate(&self, ino: BlockNo, how: Fallocate, offset: u64, len: u64) -> Result<Held<Attr>> {
-        self.with_space(|| self.try_fallocate(ino, how, offset, len))
+        self.change(|| self.try_fallocate(ino, how, offset, len))
     }
 
     fn try_fallocate(&self, ino: BlockNo, how: Fallocate, offset: u64, len: u64) -> Result<Held<Attr>> {

@@ -13,7 +13,7 @@ use crate::{BlockNo, Error, Result};
 impl Fs {
     /// Errors: ENOENT, EISDIR.
     pub fn unlink(&self, parent: BlockNo, name: &[u8]) -> Result<Held<()>> {
-        self.remove(parent, name, false)
+        self.change(|| self.remove(parent, name, false))
     }
 
     /// Errors: ENOENT, ENOTDIR, ENOTEMPTY, EINVAL for `.`.
@@ -21,7 +21,7 @@ impl Fs {
         match name {
             b"." => Err(Error::Errno(libc::EINVAL)),
             b".." => Err(Error::Errno(libc::ENOTEMPTY)),
-            _ => self.remove(parent, name, true),
+            _ => self.change(|| self.remove(parent, name, true)),
         }
     }
 

@@ -64,7 +64,7 @@ impl Fs {
         new_name: &[u8],
         mode: RenameMode,
     ) -> Result<Held<()>> {
-        self.with_space(|| self.try_rename(old_parent, old_name, new_parent, new_name, mode))
+        self.change(|| self.try_rename(old_parent, old_name, new_parent, new_name, mode))
     }
 
     fn try_rename(

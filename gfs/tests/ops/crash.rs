@@ -5,7 +5,8 @@ use crate::model::{Limits, Model, Rng};
 use crate::random::{seeds, steps};
 use crate::rig::{ME, Node, Rig, done, fsck};
 use gfs::BlockNo;
-use gfs::ops::{NewNode, SetAttr, SyncKind};
+use gfs::ops::{FsOptions, NewNode, SetAttr, SyncKind};
+use gfs::volume::MountOptions;
 use lun::mem::{Keep, MemLun, Trace};
 
 /// A history, and after each sync of everything power cuts at random moments of what follows.
@@ -74,6 +75,33 @@ fn after_power_cut(trace: &Trace, rng: &mut Rng, from: usize, what: &dyn Fn(usiz
     };
     eprintln!("  {}, {n} writes not flushed", what(at));
     Rig { lun: MemLun::from_image(point.image(&keep), 512) }
+}
+
+/// On a synchronous mount, and after an fsync of the root directory on any, nothing that was answered is lost.
+#[test]
+fn crash_takes_nothing_from_a_synchronous_mount_or_from_behind_an_fsync_of_the_root() {
+    for (bsize, sync) in [(512, true), (4096, true), (4096, false)] {
+        let mut rng = Rng::new(7);
+        let rig = Rig::new(bsize, 32);
+        let node = rig.mount_with(FsOptions { sync, ..FsOptions::default() }, MountOptions::default());
+        let mut model = Model::new(node.root());
+        let limits = Limits { names: 40, max_file: 50_000 };
+        for round in 0..12 {
+            for _ in 0..1 + rng.below(12) {
+                model.step(&mut rng, &node, &limits);
+            }
+            if !sync {
+                node.fs.fsync(node.root(), SyncKind::All).unwrap();
+            }
+            let survivor = Rig { lun: MemLun::from_image(rig.lun.durable(), 512) };
+            eprintln!("block size {bsize}, sync {sync}, round {round}");
+            let again = survivor.mount();
+            model.clone().check_all(&again);
+            again.unmount();
+            fsck(&survivor.lun.durable());
+        }
+        node.unmount();
+    }
 }
 
 #[test]
