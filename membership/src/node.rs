@@ -452,6 +452,8 @@ impl NodeCore {
                 self.stop(StopWhy::Killed, out);
             }
             NodeMsg::Kill(p) => out.push(NodeAction::HintDead(p)),
+            // its node's proof has answered for it
+            NodeMsg::MountDying { .. } | NodeMsg::MountGone { .. } if self.is_proved(from) => {}
             NodeMsg::MountDying { client, fs } => {
                 if !self.mounts_gone.contains_key(&(from, client)) {
                     let scope = Scope::Mount { client, fs: fs.clone() };
@@ -482,6 +484,12 @@ impl NodeCore {
             }
         }
         self.tick(now, out);
+    }
+
+    /// That life of a node is proved dead; it may be back as a ghost, and tell what it knows.
+    fn is_proved(&self, p: Proc) -> bool {
+        let gone = self.domain.state().gone.get(&p.node).filter(|g| g.incarnation >= p.incarnation);
+        gone.is_some_and(|g| matches!(g.how, domain::How::Fenced { .. }))
     }
 
     fn domain_actions(&mut self, acts: Vec<DomainAction>, out: &mut Vec<NodeAction>) {

@@ -355,7 +355,8 @@ impl World {
                 self.after(delay, Ev::Persisted { node: i, life, seq: ring_seq });
             }
             StackAction::RecordView(view) => {
-                let delay = self.between(MS, 10 * MS);
+                let slow = self.slow_files && !self.healed && self.rng.chance(1, 2);
+                let delay = if slow { self.between(50, 1500) * MS } else { self.between(MS, 10 * MS) };
                 self.after(delay, Ev::Recorded { node: i, life, view });
             }
             StackAction::Io(IoAction::Confirm { .. }) | StackAction::Installed => {}

@@ -43,6 +43,9 @@ pub(crate) enum Mutant {
     KillsNotRead,
 }
 
+/// From this seed on local disks are slow.
+pub(crate) const SLOW_FILES: u64 = 100_000;
+
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) mutant: Option<Mutant>,
@@ -153,6 +156,8 @@ pub(crate) struct World {
     pub(crate) lun: Lun,
     pub(crate) config: Arc<Config>,
     pub(crate) fabric_fence: bool,
+    /// Local disks are slow: views stay unrecorded for a while.
+    pub(crate) slow_files: bool,
     /// Fence agents under way: whoever they are after may still be hit.
     pub(crate) agents: u32,
     weather: Weather,
@@ -247,6 +252,7 @@ impl World {
             nodes,
             lun: Lun::new(n),
             fabric_fence: rng.chance(1, 3),
+            slow_files: seed >= SLOW_FILES,
             agents: 0,
             weather,
             cut: BTreeSet::new(),

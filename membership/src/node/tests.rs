@@ -307,6 +307,23 @@ fn a_dead_mount_is_told_once_however_often_it_is_said() {
     assert_eq!(fenced(r.say(proc(3, 1), &msg)), 1, "another node's client");
 }
 
+/// A node that slept through its own fence is back for a moment and tells of a mount that ended before.
+#[test]
+fn the_proof_of_a_node_has_answered_for_its_mounts() {
+    let mut r = Rig::new(&CONF.replace("<quorumd device=\"file:/x\" votes=\"2\"/>", ""));
+    r.view(4, &all(4));
+    for p in all(4) {
+        r.say(p, &NodeMsg::Domain(DomainMsg::Join(p)));
+    }
+    r.view(8, &[proc(1, 1), proc(3, 1), proc(4, 1)]);
+    let done = DomainMsg::Done { victim: proc(2, 1), proof: Proof::Exited, unix_time: 0 };
+    let is_told = |a: &NodeAction| matches!(a, NodeAction::Event(ClusterEvent::Fenced { .. }));
+    assert!(r.say(proc(1, 1), &NodeMsg::Domain(done)).iter().any(is_told));
+    r.view(12, &all(4));
+    let acts = r.say(proc(2, 1), &NodeMsg::MountGone { client: 7, fs: "web".to_owned() });
+    assert!(!acts.iter().any(is_told), "{acts:?}");
+}
+
 /// Who subscribes after a proof was told hears it all the same, once per dead node and mount.
 #[test]
 fn a_late_subscriber_hears_the_proofs() {
