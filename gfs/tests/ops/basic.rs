@@ -2,6 +2,8 @@
 
 use crate::rig::{ME, Rig, done, errno};
 use gfs::ops::{Fallocate, NewNode, RenameMode, Seek, SetAttr, SyncKind, WriteMode};
+use gfs::volume::inode_glock;
+use lun::mem::What;
 
 const SIZES: [u32; 3] = [512, 1024, 4096];
 
@@ -220,4 +222,23 @@ fn an_open_file_lives_without_a_name() {
             assert_eq!(errno(n.fs.getattr(g)), libc::ESTALE);
         });
     }
+}
+
+/// A lock that is given up makes what it covers durable in its place, which takes two flushes of the device and a header however little it is. What is in
+/// the log for others goes along: where another node looks at one file after the other, most have nothing left to write.
+#[test]
+fn locks_given_up_one_after_the_other_share_their_flushes() {
+    let rig = Rig::new(4096, 64);
+    rig.with(|n| {
+        let files: Vec<_> = (0..200).map(|i| n.file(n.root(), &format!("f{i}"))).collect();
+        let vol = n.fs.volume();
+        let flushes = |f: gfs::InodeNo| {
+            let before = rig.lun.log_len();
+            vol.sync_glock(&vol.glocks().get(inode_glock(f.addr))).unwrap();
+            rig.lun.log_since(before).iter().filter(|e| e.what == What::Flush).count()
+        };
+        assert!(flushes(files[0]) >= 2);
+        let rest: usize = files[1..].iter().map(|f| flushes(*f)).sum();
+        assert_eq!(rest, 0, "flushes for the rest");
+    });
 }
