@@ -15,13 +15,14 @@ use std::sync::OnceLock;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct FlushMark(u64);
 
-#[derive(Default)]
 struct Flushes {
     /// Flushes begun so far, and whether one is running.
     started: u64,
     running: bool,
     /// Number of the latest flush that ended well.
     done: u64,
+    /// Writes may have returned since the latest flush began.
+    dirty: bool,
 }
 
 type WithdrawHook = Box<dyn Fn(&str) + Send + Sync>;
@@ -47,7 +48,8 @@ impl Disk {
             read_only,
             withdrawn: OnceLock::new(),
             on_withdraw: OnceLock::new(),
-            flushes: Mutex::default(),
+            // What was on the device before us may not be durable.
+            flushes: Mutex::new(Flushes { started: 0, running: false, done: 0, dirty: true }),
             flush_ended: Condvar::new(),
         }
     }
@@ -147,10 +149,10 @@ impl Disk {
         for (block, buf) in runs {
             batch.push(Write { offset: self.byte(*block, buf.len())?, buf });
         }
-        if !batch.is_empty() {
-            self.lun.write_batch(&batch)?;
-        }
-        Ok(self.mark())
+        let written = if batch.is_empty() { Ok(()) } else { self.lun.write_batch(&batch) };
+        let mark = self.mark();
+        written?;
+        Ok(mark)
     }
 
     /// Writes one run and makes it durable, and with it nothing else for certain.
@@ -162,7 +164,9 @@ impl Disk {
 
     /// The mark of every write that has returned by now.
     pub fn mark(&self) -> FlushMark {
-        FlushMark(self.flushes.lock().started + 1)
+        let mut f = self.flushes.lock();
+        f.dirty = true;
+        FlushMark(f.started + 1)
     }
 
     /// Writes with this mark or an earlier one are durable.
@@ -174,12 +178,13 @@ impl Disk {
         mark <= self.durable()
     }
 
-    /// Everything whose write returned before this call is durable afterwards. Callers at the same time share flushes.
+    /// Everything whose write returned before this call is durable afterwards. Callers at the same time share flushes, and where nothing was
+    /// written since the last one that one will do.
     /// A device that fails a flush has lost our trust for good: the mount withdraws.
     pub fn flush(&self) -> Result<()> {
         self.may_write()?;
         let mut f = self.flushes.lock();
-        let need = f.started + 1;
+        let need = f.started + u64::from(f.dirty);
         while f.done < need {
             self.check()?;
             if f.running {
@@ -188,6 +193,7 @@ impl Disk {
             }
             f.started += 1;
             f.running = true;
+            f.dirty = false;
             let mine = f.started;
             parking_lot::MutexGuard::unlocked(&mut f, || match self.lun.flush() {
                 Ok(()) => Ok(()),
@@ -222,6 +228,23 @@ mod tests {
         assert!(!d.is_durable(mark));
         d.flush().unwrap();
         assert!(d.is_durable(mark));
+    }
+
+    #[test]
+    fn the_device_is_flushed_when_something_was_written() {
+        let lun = MemLun::new(1 << 20, 512);
+        let d = Disk::new(Arc::new(lun.clone()), Geometry::new(4096).unwrap(), "t", false);
+        let flushes = || lun.log().iter().filter(|e| matches!(e.what, lun::mem::What::Flush)).count();
+        d.flush().unwrap();
+        assert_eq!(flushes(), 1, "what was there before");
+        d.flush().unwrap();
+        assert_eq!(flushes(), 1);
+        for n in 2..4 {
+            d.write_blocks(&[(BlockNo(3), &[7u8; 4096])]).unwrap();
+            d.flush().unwrap();
+            d.flush().unwrap();
+            assert_eq!(flushes(), n);
+        }
     }
 
     #[test]

@@ -91,8 +91,12 @@ fn mount_adapter(
     options: &FuseOptions,
     adjust: impl FnOnce(Adapter) -> Adapter,
 ) -> Result<Mounted> {
+    if fs.volume().disk().blocks() > node::MAX_BLOCKS {
+        let what = format!("more than {} blocks: their inodes have no numbers here", node::MAX_BLOCKS);
+        return Err(Error::Mount(what));
+    }
     let glocks = Arc::clone(fs.volume().glocks());
-    let kernel = Arc::new(Coherence::new(glocks.is_clustered(), fs.root().addr));
+    let kernel = Arc::new(Coherence::new(glocks.is_clustered(), fs.root()));
     glocks.set_kernel_cache(Arc::clone(&kernel) as Arc<dyn crate::glock::KernelCache>);
     let core = Arc::new(Core::new(fs, kernel));
     let mut config = Config::default();

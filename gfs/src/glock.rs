@@ -11,6 +11,10 @@
 //!                                                 and page requests while a window is open
 //! ```
 //!
+//! A mode stays as long as giving it up took the last time, or half as long as getting it took (two nodes that do the same come to the same time by
+//! either); [`Glocks::set_min_hold`] is the least, [`MAX_HOLD`] the most. So nodes that both work with a thing work for as long as they hand it over. But it
+//! stays only while it is used. One thread's operations leave gaps, so where a use was seen to follow soon, [`GAP`] is waited for the next one.
+//!
 //! Invariants: the node never uses a mode the lock manager has not granted; one request per glock is outstanding; a local waiter
 //! that caused a request gets one turn before the mode is given up again; the other node's request goes before the rest of the local queue.
 //! Nobody waits for a glock inside a transaction, and a demotion takes no other glock.
@@ -243,7 +247,7 @@ impl Drop for Holder {
         if self.nocache && inner.users() == 0 {
             inner.add_demand(LockState::Unlocked);
         }
-        if inner.phase != Phase::Held && inner.users() == 0 {
+        if inner.phase != Phase::Held && inner.users() == 0 && !inner.is_looked_after() {
             self.glock.changed.notify_all();
         }
         if inner.needs_attention() {
@@ -288,6 +292,11 @@ impl LockEvents for Events {
         }
     }
 }
+
+/// A mode that takes long to give up stays so long at most when another node wants it.
+pub const MAX_HOLD: Duration = Duration::from_millis(50);
+/// From one use of a glock to the next, where a thread does one operation after the other.
+const GAP: Duration = Duration::from_millis(1);
 
 /// Upper bound of demotions that run at the same time (each has a thread).
 const MAX_DEMOTIONS: usize = 4096;
@@ -445,6 +454,9 @@ impl Glocks {
         }
         context::check_cancelled()?;
         context::assert_no_transaction(glock.name);
+        if inner.went_idle_at.take().is_some_and(|at| at.elapsed() < GAP) {
+            inner.uses_follow = true;
+        }
         let started = Instant::now();
         let waiter = Arc::new(Waiter::new(kind, node, flags, class));
         if inner.passes(class) {

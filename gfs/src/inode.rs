@@ -110,9 +110,9 @@ impl Inodes {
         self.table.read().len()
     }
 
-    /// The inode of this number. An earlier one at the same address has been deleted and makes room; what the kernel still knows of it is
-    /// counted on, because FORGET names the address only. When it is the wanted one that has been deleted (its number was read before, and
-    /// no lock kept it true), the later one stays where it is with its data, and the result is good for nothing but to learn so: ESTALE.
+    /// The inode of this number. An earlier one at the same address has been deleted and makes room. When it is the wanted one that has been
+    /// deleted (its number was read before, and no lock kept it true), the later one stays where it is with its data, and the result is good
+    /// for nothing but to learn so: ESTALE.
     pub(crate) fn obtain(&self, fs: &Fs, no: InodeNo) -> Arc<Inode> {
         if let Some(inode) = self.table.read().get(&no.addr.0)
             && inode.no == no
@@ -120,12 +120,11 @@ impl Inodes {
             return Arc::clone(inode);
         }
         let mut table = self.table.write();
-        let (lookups, deleted) = match table.get(&no.addr.0) {
+        let deleted = match table.get(&no.addr.0) {
             Some(inode) if inode.no == no => return Arc::clone(inode),
             // The generations of a block only ever rise.
-            Some(other) if other.no.formal > no.formal => (0, true),
-            Some(old) => (old.uses.lock().lookups, false),
-            None => (0, false),
+            Some(other) => other.no.formal > no.formal,
+            None => false,
         };
         let glock = fs.volume().glocks().get(inode_glock(no.addr));
         let inode = Arc::new(Inode {
@@ -133,7 +132,7 @@ impl Inodes {
             glock: Arc::clone(&glock),
             cached: Mutex::new(None),
             pages: Arc::new(Pages::new(Arc::clone(fs.volume().disk()), Arc::clone(&fs.budget))),
-            uses: Mutex::new(Uses { lookups, ..Uses::default() }),
+            uses: Mutex::default(),
             unlinked_here: AtomicBool::new(false),
         });
         if !deleted {
@@ -252,9 +251,9 @@ pub(crate) fn attr_of(d: &Dinode, geo: Geometry) -> Attr {
 }
 
 impl Fs {
-    /// The inode that the kernel names by this address.
-    pub(crate) fn inode(&self, addr: BlockNo) -> Result<Arc<Inode>> {
-        self.inodes.get(addr).ok_or(Error::Errno(libc::ESTALE))
+    /// An inode that the kernel knows. Errors: ESTALE when it was deleted and its block has another by now.
+    pub(crate) fn inode(&self, no: InodeNo) -> Result<Arc<Inode>> {
+        self.inodes.get(no.addr).filter(|inode| inode.no == no).ok_or(Error::Errno(libc::ESTALE))
     }
 
     /// Takes an inode's glock and reads its dinode if need be.

@@ -13,7 +13,7 @@
 //! So an operation that answers an error, `WouldBlock` included, has changed nothing, and a crash leaves it done or not done.
 //! Permission checks are the kernel's (`default_permissions`); what POSIX says about modes on create, chown and write is done here.
 //!
-//! Inodes are named by the address of their dinode (`st_ino`). [`Fs::remember`] and [`Fs::forget`] count the kernel's references, so that an
+//! Inodes are named by address and formal number: a request for one that was deleted must not reach the next one in its block. [`Fs::remember`] and [`Fs::forget`] count the kernel's references, so that an
 //! unlinked inode lives as long as this node's kernel knows it; [`Fs::open`] and [`Fs::release`] count handles, which the whole cluster respects.
 
 mod attr;
@@ -40,7 +40,7 @@ use crate::pages::Budget;
 use crate::rgrp::Rgrps;
 use crate::trans::Trans;
 use crate::volume::{Attached, Volume};
-use crate::{BlockNo, Error, InodeNo, Result};
+use crate::{Error, InodeNo, Result};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -254,16 +254,16 @@ impl Fs {
         Time { sec: now.as_secs().cast_signed(), nsec: now.subsec_nanos() }
     }
 
-    /// The kernel is about to hear of this inode once more. To be called while the holders of the operation that found it are there.
-    pub fn remember(&self, ino: BlockNo) {
-        if let Some(inode) = self.inodes.get(ino) {
-            inode.uses.lock().lookups += 1;
+    /// The kernel is about to hear of this inode so many times more. To be called while the holders of the operation that found it are there.
+    pub fn remember(&self, ino: InodeNo, times: u64) {
+        if let Ok(inode) = self.inode(ino) {
+            inode.uses.lock().lookups += times;
         }
     }
 
-    /// The kernel has forgotten an inode so many times.
-    pub fn forget(&self, ino: BlockNo, times: u64) {
-        let Some(inode) = self.inodes.get(ino) else { return };
+    /// The kernel has forgotten an inode so many times. It may be one that was deleted, and whose block has another by now.
+    pub fn forget(&self, ino: InodeNo, times: u64) {
+        let Ok(inode) = self.inode(ino) else { return };
         let unused = {
             let mut uses = inode.uses.lock();
             uses.lookups = uses.lookups.saturating_sub(times);

@@ -13,7 +13,7 @@ pub struct JournalId(pub u32);
 /// Identity of an inode: where its dinode lies, and the number that is never used twice.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
 pub struct InodeNo {
-    /// `no_addr`: block of the dinode; also `st_ino`.
+    /// `no_addr`: block of the dinode.
     pub addr: BlockNo,
     /// `no_formal_ino`: tells generations at the same address apart.
     pub formal: u64,

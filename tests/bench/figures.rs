@@ -31,6 +31,11 @@ pub(crate) fn ratio(of: &Figures, to: &Figures) -> Figures {
     Figures(of.0.iter().filter_map(|(k, v)| Some((*k, v / to.0.get(k)?))).collect())
 }
 
+/// Quotients of rows with different names, under that of the first.
+pub(crate) fn ratio_of_rows(of: &Figures, to: &Figures, rows: &[(&'static str, &'static str)]) -> Figures {
+    Figures(rows.iter().filter_map(|(a, b)| Some((*a, of.0.get(a)? / to.0.get(b)?))).collect())
+}
+
 /// Median, least and greatest of each figure.
 pub(crate) fn summary(rounds: &[&Figures]) -> Value {
     let names: Vec<&'static str> = rounds.first().map(|f| f.0.keys().copied().collect()).unwrap_or_default();

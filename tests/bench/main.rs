@@ -1,5 +1,5 @@
-//! Benchmark: the plain operations on one mount and on two, beside a pass-through FUSE file system over tmpfs and beside the LUN
-//! itself, in one run. Prints one JSON object; ratios compare figures of the same round only, since the machine changes under us.
+//! Benchmark: the plain operations on one mount, on two, and on two that want the same things, beside a pass-through FUSE file system
+//! over tmpfs and beside the LUN itself, in one run. Prints one JSON object; ratios compare figures of the same round only, since the machine changes under us.
 //!
 //! `cargo run --release -p cairn-tests --bin bench -- [--quick] [--rounds N] [--files N] [--mib N] [--only PLACE] [--dir DIR]`. Needs the
 //! superuser and /dev/fuse. Progress on standard error. Exit status 0, or 1 with the reason, 2 wrong usage.
@@ -10,7 +10,7 @@ mod places;
 
 use cairn_base::exit;
 use clap::Parser;
-use figures::{Figures, ratio, summary};
+use figures::{Figures, ratio, ratio_of_rows, summary};
 use places::Place;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -66,7 +66,7 @@ fn run(args: &Args) -> Result<Value> {
     let work = tempfile::Builder::new().prefix("cairn-bench-").tempdir_in(&args.dir)?;
     let tmpfs = tempfile::Builder::new().prefix("cairn-bench-").tempdir_in("/dev/shm")?;
     let start = Instant::now();
-    let all = [Place::Passthrough, Place::Lun, Place::OneMount, Place::TwoMounts];
+    let all = [Place::Passthrough, Place::Lun, Place::OneMount, Place::TwoMounts, Place::Contended];
     let places: Vec<Place> = all.into_iter().filter(|p| args.only.is_none_or(|o| o == *p)).collect();
     let mut rounds: Vec<Vec<Figures>> = Vec::new();
     for round in 1..=args.rounds.max(1) {
@@ -94,6 +94,12 @@ fn run(args: &Args) -> Result<Value> {
         let each: Vec<Figures> = of(a).into_iter().zip(of(b)).map(|(a, b)| ratio(a, b)).collect();
         summary(&each.iter().collect::<Vec<_>>())
     };
+    let contended: Vec<Figures> = of(Place::Contended)
+        .into_iter()
+        .zip(of(Place::OneMount))
+        .map(|(a, b)| ratio_of_rows(a, b, &places::UNCONTENDED))
+        .collect();
+    let contended = summary(&contended.iter().collect::<Vec<_>>());
     Ok(json!({
         "files": args.files,
         "mib": args.mib,
@@ -106,6 +112,7 @@ fn run(args: &Args) -> Result<Value> {
             "one_mount_to_passthrough": ratios(Place::OneMount, Place::Passthrough),
             "each_of_two_mounts_to_one": ratios(Place::TwoMounts, Place::OneMount),
             "one_mount_to_lun": ratios(Place::OneMount, Place::Lun),
+            "contended_to_one": contended,
         },
     }))
 }

@@ -13,8 +13,10 @@ use gfs::lockspace::shared::SharedSpace;
 use gfs::mkfs::{self, MkfsOptions};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -23,6 +25,7 @@ pub(crate) enum Place {
     Lun,
     OneMount,
     TwoMounts,
+    Contended,
 }
 
 pub(crate) struct Dirs<'a> {
@@ -37,6 +40,7 @@ impl Place {
             Self::Lun => "lun",
             Self::OneMount => "one_mount",
             Self::TwoMounts => "each_of_two_mounts",
+            Self::Contended => "contended",
         }
     }
 
@@ -46,6 +50,7 @@ impl Place {
             Self::Lun => "the LUN itself",
             Self::OneMount => "one mount",
             Self::TwoMounts => "two mounts, own directories",
+            Self::Contended => "two mounts, one directory",
         }
     }
 
@@ -55,6 +60,7 @@ impl Place {
             Self::Lun => on_lun(mib, dirs.work),
             Self::OneMount => on_one(files, mib, dirs.work),
             Self::TwoMounts => on_two(files, mib, dirs.work),
+            Self::Contended => contended(files, dirs.work),
         }
     }
 }
@@ -247,5 +253,122 @@ fn on_two(files: u32, mib: usize, work: &Path) -> Result<Figures> {
         }
         out.extend(slower);
     }
+    Ok(out)
+}
+
+/// How often each mount adds to the number that both count with.
+const COUNTS: u32 = 300;
+
+/// Rows of the contended place, and what one mount alone has for the same work.
+pub(crate) const UNCONTENDED: [(&str, &str); 5] = [
+    ("create_shared", "create"),
+    ("stat_others", "stat_cold"),
+    ("read_4k_others", "read_4k_cold"),
+    ("unlink_shared", "unlink"),
+    ("unlink_beside_lister", "unlink"),
+];
+
+/// Does `work` for both at the same time; the slower one's rate.
+fn both(
+    out: &mut Figures,
+    row: &'static str,
+    n: u32,
+    work: impl Fn(usize) -> io::Result<()> + Sync,
+) -> Result<()> {
+    let t = Instant::now();
+    let done: Vec<_> = std::thread::scope(|s| {
+        let workers = [0, 1].map(|who| {
+            s.spawn({
+                let work = &work;
+                move || work(who)
+            })
+        });
+        workers.map(|h| h.join().unwrap_or_else(|_| Err(io::Error::other("the workload panicked")))).into()
+    });
+    out.rate(row, n.into(), t);
+    done.into_iter().collect::<io::Result<()>>()?;
+    Ok(())
+}
+
+/// Two mounts of one volume in this process that want the same directory or the same files.
+fn contended(files: u32, work: &Path) -> Result<Figures> {
+    let url = volume(files * 3, 64, work, 2)?;
+    let ats = [made(work.join("both-a"))?, made(work.join("both-b"))?];
+    let space = SharedSpace::new();
+    let mut running = Vec::new();
+    for at in &ats {
+        running.push(mount(&url, at, space.join().1)?);
+    }
+    let dirs = ats.clone().map(|at| at.join("shared"));
+    fs::create_dir(&dirs[0])?;
+    let figures = contend(files, &dirs);
+    for r in running {
+        r.unmount()?;
+    }
+    figures
+}
+
+fn contend(files: u32, dirs: &[PathBuf; 2]) -> Result<Figures> {
+    let mut out = Figures::default();
+    let n = f64::from(files);
+    let own = |who: usize, i: u32| dirs[who].join(format!("{who}-{i:06}"));
+    // Each adds to a number in one file, in turn or not.
+    let record = dirs.clone().map(|d| d.join("record"));
+    fs::write(&record[0], 0_u64.to_le_bytes())?;
+    both(&mut out, "count_under_lock", COUNTS, |who| {
+        let file = OpenOptions::new().read(true).write(true).open(&record[who])?;
+        for _ in 0..COUNTS {
+            file.lock()?;
+            let mut word = [0; 8];
+            file.read_exact_at(&mut word, 0)?;
+            file.write_all_at(&(u64::from_le_bytes(word) + 1).to_le_bytes(), 0)?;
+            file.unlock()?;
+        }
+        Ok(())
+    })?;
+    let counted = u64::from_le_bytes(fs::read(&record[1])?.as_slice().try_into()?);
+    if counted != u64::from(COUNTS) * 2 {
+        return Err(format!("{counted} counted of {}", COUNTS * 2).into());
+    }
+    both(&mut out, "create_shared", files, |who| {
+        (0..files).try_for_each(|i| File::create(own(who, i)).map(drop))
+    })?;
+    // What the other mount has made.
+    let t = Instant::now();
+    for i in 0..files {
+        fs::metadata(dirs[1].join(format!("0-{i:06}")))?;
+    }
+    out.rate("stat_others", n, t);
+    let block = vec![7_u8; 4096];
+    for i in 0..files {
+        OpenOptions::new().write(true).open(own(0, i))?.write_all(&block)?;
+    }
+    let mut buf = vec![0_u8; 4096];
+    let t = Instant::now();
+    for i in 0..files {
+        File::open(dirs[1].join(format!("0-{i:06}")))?.read_exact(&mut buf)?;
+    }
+    out.rate("read_4k_others", n, t);
+    both(&mut out, "unlink_shared", files, |who| (0..files).try_for_each(|i| fs::remove_file(own(who, i))))?;
+    for i in 0..files {
+        File::create(own(0, i))?;
+    }
+    // One removes, the other lists.
+    let (ended, lists) = (AtomicBool::new(false), AtomicU32::new(0));
+    let t = Instant::now();
+    std::thread::scope(|s| {
+        let lister = s.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                fs::read_dir(&dirs[1])?.try_for_each(|e| e.map(drop))?;
+                lists.fetch_add(1, Ordering::Relaxed);
+            }
+            io::Result::Ok(())
+        });
+        let removed = (0..files).try_for_each(|i| fs::remove_file(own(0, i)));
+        out.rate("unlink_beside_lister", n, t);
+        out.rate("list_beside_unlink", lists.load(Ordering::Relaxed).into(), t);
+        ended.store(true, Ordering::Relaxed);
+        removed.and(lister.join().unwrap_or_else(|_| Err(io::Error::other("the lister panicked"))))
+    })?;
     Ok(out)
 }

@@ -4,7 +4,7 @@ use cairn_tests::oracle::kernel::{self, KernelOptions, KernelRun, Outcome, kerne
 use cairn_tests::oracle::{
     TREE_SCRIPT, fsck_gfs2, fsck_gfs2_repair, missing_utils, present, tree_digest, tree_lines,
 };
-use gfs::BlockNo;
+use gfs::InodeNo;
 use gfs::check::check;
 use gfs::lockspace::local::LocalSpace;
 use gfs::mkfs::{MkfsOptions, make};
@@ -152,15 +152,15 @@ fn three_judges_replay_a_crashed_kernels_journal_to_the_same_tree() {
 
 /// Work with most kinds of operation, done by our file system. Everything before the last fsync is acknowledged.
 fn work(fs: &Fs) {
-    let root = fs.root().addr;
-    let file = |dir: BlockNo, name: &str| {
-        fs.mknod(ME, dir, name.as_bytes(), 0o644, NewNode::File).unwrap().value.ino.addr
+    let root = fs.root();
+    let file = |dir: InodeNo, name: &str| {
+        fs.mknod(ME, dir, name.as_bytes(), 0o644, NewNode::File).unwrap().value.ino
     };
-    let write = |ino: BlockNo, at: u64, data: &[u8]| {
+    let write = |ino: InodeNo, at: u64, data: &[u8]| {
         drop(fs.write(ino, at, data, WriteMode::default()).unwrap());
     };
-    let d = fs.mkdir(ME, root, b"d", 0o755).unwrap().value.ino.addr;
-    let e = fs.mkdir(ME, root, b"e", 0o700).unwrap().value.ino.addr;
+    let d = fs.mkdir(ME, root, b"d", 0o755).unwrap().value.ino;
+    let e = fs.mkdir(ME, root, b"e", 0o700).unwrap().value.ino;
     write(file(d, "small"), 0, b"stuffed\n");
     let big = file(d, "big");
     write(big, 0, &vec![b'x'; 200_000]);
@@ -248,8 +248,8 @@ fn the_kernel_goes_on_with_a_volume_used_here_and_we_after_it() {
 
     let lun = MemLun::from_image(Image::load(&path).unwrap(), 512);
     let fs = mount(&lun);
-    let f = fs.lookup(fs.root().addr, b"f").unwrap().value.unwrap().ino.addr;
-    let k = fs.lookup(f, b"k").unwrap().value.unwrap().ino.addr;
+    let f = fs.lookup(fs.root(), b"f").unwrap().value.unwrap().ino;
+    let k = fs.lookup(f, b"k").unwrap().value.unwrap().ino;
     let mut text = [0; 16];
     let n = fs.read(k, 0, &mut text, false).unwrap().value;
     assert_eq!(&text[..n], b"kernel\n");

@@ -11,7 +11,7 @@ use crate::ops::{
     Attr, Caller, Existing, Fallocate, Fs, Held, OpenMode, RenameMode, Seek, SetAttr, SyncKind,
 };
 use crate::workers::Workers;
-use crate::{BlockNo, Error, InodeNo, Result};
+use crate::{Error, InodeNo, Result};
 use fuser::{
     BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
     LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
@@ -81,8 +81,8 @@ impl Adapter {
         }
     }
 
-    fn ino(&self, node: INodeNo) -> BlockNo {
-        self.core.kernel.ino_of(node.0)
+    fn ino(&self, node: INodeNo) -> InodeNo {
+        self.core.kernel.nodes.no(node.0)
     }
 
     fn serve_empty(&self, reply: ReplyEmpty, op: impl Fn(&Core) -> Result<Held<()>> + Send + 'static) {
@@ -98,7 +98,7 @@ impl Adapter {
     fn serve_attr(&self, reply: ReplyAttr, op: impl Fn(&Core) -> Result<Held<Attr>> + Send + 'static) {
         self.serve(reply, op, |core, reply, result| match result {
             Ok(held) => {
-                let node = core.kernel.nodes.get(held.value.ino.addr);
+                let node = core.kernel.nodes.get(held.value.ino);
                 let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
                 reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
                 drop(held);
@@ -111,7 +111,7 @@ impl Adapter {
     fn serve_new(
         &self,
         reply: ReplyEntry,
-        dir: BlockNo,
+        dir: InodeNo,
         op: impl Fn(&Core) -> Result<Held<Attr>> + Send + 'static,
     ) {
         self.serve(reply, op, move |core, reply, result| match result {
@@ -160,10 +160,11 @@ impl Core {
     #[expect(clippy::unused_self, reason = "tests slow replies down")]
     pub(super) const fn before_slow_reply(&self) {}
 
-    /// The kernel is about to be told of the inode.
+    /// The kernel is about to be told of the inode; true when it does not know it yet.
     pub(super) fn remember(&self, ino: InodeNo) -> (Arc<Node>, bool) {
-        self.fs.remember(ino.addr);
-        self.kernel.nodes.remember(ino)
+        let told = self.kernel.nodes.remember(ino);
+        self.fs.remember(ino, 1 + told.inherited);
+        (told.node, told.first)
     }
 
     /// Handle flags, and their effect on the rules of caching. Among nodes only.
@@ -467,7 +468,7 @@ impl Filesystem for Adapter {
                         let (node, _) = core.remember(held.value.ino);
                         if core.kernel.is_clustered() && handle.writer {
                             // Its glock is held in EX here.
-                            core.count_writer(held.value.ino.addr);
+                            core.count_writer(held.value.ino);
                         }
                         // One lifetime for name and attributes, so among nodes none.
                         let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
@@ -551,14 +552,11 @@ impl Filesystem for Adapter {
         self.serve(
             reply,
             move |core| core.fs.open(ino, OpenMode::default()),
-            |core, reply, result| match result {
+            |_, reply, result| match result {
                 Ok(held) => {
-                    let flags = if core.kernel.is_clustered() {
-                        // The kernel adds to its listing after the reply, when the glock may be gone.
-                        FopenFlags::empty()
-                    } else {
-                        FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR
-                    };
+                    // No listing is kept: the kernel adds to it after the reply, when our glock may be gone; on a lone mount what was
+                    // read before a name was removed goes into the listing that another handle has begun since.
+                    let flags = FopenFlags::empty();
                     reply.opened(FileHandle(0), flags);
                     drop(held);
                 }

@@ -4,8 +4,9 @@
 //!
 //! * A reply that can be cached is written while the glock is held, and the demotion begins with the gate shut and no users.
 //! * Attributes: one notification that takes no lock. ENOENT shortly after a reply that may create the inode means that the reply is on
-//!   its way: repeat. (Not for as long as FORGETs are owed: those may be for an earlier inode at the same address, which the kernel keeps
-//!   outside its table. Beside such a one, replies give attributes no lifetime.)
+//!   its way: repeat. (Not for as long as FORGETs are owed: those may be for an earlier inode of the same number, which the kernel keeps
+//!   outside its table. Beside such a one, replies give attributes no lifetime.) What is dropped is dropped of every inode of the block that the
+//!   kernel has not forgotten, deleted ones included.
 //!   A reply gives attributes a lifetime only when the kernel's inode has them already, or is made by it: the kernel marks them valid before it
 //!   fills them in, and readers take no lock, so that a stat beside the reply would show the old ones as valid (seen: once in 500,000 stats of a file
 //!   that both mounts append to; `fuse_change_attributes` of Linux 6.18 and before). See [`SETTLED`].
@@ -25,7 +26,7 @@ use super::traffic::{Errand, STUCK};
 use crate::glock::{Glock, GlockName, GlockType, KernelCache, LockState};
 use crate::ops::Attr;
 use crate::workers::Workers;
-use crate::{BlockNo, Result};
+use crate::{BlockNo, InodeNo, Result};
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -85,7 +86,6 @@ pub struct Coherence {
     pub(super) nodes: Nodes,
     notify: OnceLock<Notify>,
     clustered: bool,
-    root: BlockNo,
     has_epoch: OnceLock<bool>,
     epoch: Epoch,
     unmounted: AtomicBool,
@@ -109,12 +109,11 @@ pub(super) enum Part {
 }
 
 impl Coherence {
-    pub(super) fn new(clustered: bool, root: BlockNo) -> Self {
+    pub(super) fn new(clustered: bool, root: InodeNo) -> Self {
         Self {
-            nodes: Nodes::new(),
+            nodes: Nodes::new(root),
             notify: OnceLock::new(),
             clustered,
-            root,
             has_epoch: OnceLock::new(),
             epoch: Epoch { begun: AtomicU64::new(1), done: AtomicU64::new(1), step: Mutex::new(()) },
             unmounted: AtomicBool::new(false),
@@ -155,15 +154,6 @@ impl Coherence {
 
     pub(super) fn is_clustered(&self) -> bool {
         self.clustered
-    }
-
-    /// The kernel's number of an inode: the root of a mount is always 1.
-    pub(super) fn node_id(&self, ino: BlockNo) -> u64 {
-        if ino == self.root { 1 } else { ino.0 }
-    }
-
-    pub(super) fn ino_of(&self, node_id: u64) -> BlockNo {
-        if node_id == 1 { self.root } else { BlockNo(node_id) }
     }
 
     /// For how long after a demotion an inode counts as contended, and the kernel is told nothing to keep of it.
@@ -292,7 +282,7 @@ impl Coherence {
         self: &Arc<Self>,
         glock: &Arc<Glock>,
         node: &Arc<Node>,
-        ino: BlockNo,
+        ino: InodeNo,
         pages: Pages,
         direct: bool,
         apply: impl FnOnce() -> Result<(T, bool)>,
@@ -324,12 +314,12 @@ impl Coherence {
     fn drop_own_pages(
         self: &Arc<Self>,
         node: &Arc<Node>,
-        ino: BlockNo,
+        ino: InodeNo,
         pages: Pages,
         gate: super::traffic::GateTicket,
         direct: bool,
     ) -> bool {
-        let id = self.node_id(ino);
+        let id = self.nodes.id(ino);
         let (offset, len) = pages.bytes();
         node.traffic.drop_begins(gate);
         if direct {
@@ -366,9 +356,9 @@ impl Coherence {
     }
 
     /// Attributes changed without the kernel's knowledge, under the glock; at once and from any thread.
-    pub(super) fn attributes_changed(&self, ino: BlockNo) {
+    pub(super) fn attributes_changed(&self, ino: InodeNo) {
         if let Some(notify) = self.notify.get() {
-            notify.attributes(self.node_id(ino));
+            notify.attributes(self.nodes.id(ino));
         }
     }
 }
@@ -376,13 +366,28 @@ impl Coherence {
 impl KernelCache for Coherence {
     fn drop_caches(&self, glock: &Arc<Glock>, from: LockState, to: LockState) {
         let GlockName { ty: GlockType::Inode, number } = glock.name() else { return };
-        let ino = BlockNo(number);
-        let (Some(node), Some(notify)) = (self.nodes.find(ino), self.notify.get()) else { return };
+        let Some(notify) = self.notify.get() else { return };
+        // Beside the inode that is there the kernel may still know deleted ones of this block.
+        for (id, node) in self.nodes.at(BlockNo(number)) {
+            self.drop_caches_of(notify, &node, id, glock, from, to);
+        }
+    }
+}
+
+impl Coherence {
+    fn drop_caches_of(
+        &self,
+        notify: &Notify,
+        node: &Node,
+        id: u64,
+        glock: &Arc<Glock>,
+        from: LockState,
+        to: LockState,
+    ) {
         if self.unmounted.load(Ordering::SeqCst) {
             return;
         }
         self.stats.demotions.fetch_add(1, Ordering::Relaxed);
-        let id = self.node_id(ino);
         let writers = node.writers.load(Ordering::SeqCst) > 0;
         let pages = (to != LockState::Shared || writers)
             && (node.traffic.may_have_pages() || (writers && from == LockState::Exclusive));
@@ -390,13 +395,13 @@ impl KernelCache for Coherence {
             node.demoted_at.store(self.now(), Ordering::Relaxed);
         }
         if (to == LockState::Unlocked || pages) && self.does(Part::Attributes) {
-            self.drop_attributes(notify, &node, id);
+            self.drop_attributes(notify, node, id);
         }
         if to != LockState::Shared {
-            self.drop_names(notify, &node);
+            self.drop_names(notify, node);
         }
         if pages && self.does(Part::Pages) {
-            self.drop_pages(notify, glock, &node, id);
+            self.drop_pages(notify, glock, node, id);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Between fuser's types and those of `ops`.
 
 use super::coherence::Coherence;
+use super::node::number;
 use crate::ondisk::dinode::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK};
 use crate::ops::{Attr, NewNode, SetTime, Time};
 use fuser::{FileAttr, FileType, Generation, INodeNo, TimeOrNow};
@@ -73,10 +74,10 @@ pub(super) fn new_node(mode: u32, device: u32) -> Option<NewNode<'static>> {
 }
 
 impl Coherence {
-    /// Attributes for a reply that gives the inode its number in the kernel (`entry`), or for one that only shows it.
+    /// Attributes for a reply that gives the inode its node id (`entry`), or for one that only shows its number.
     pub(super) fn file_attr(&self, attr: &Attr, entry: bool) -> FileAttr {
         FileAttr {
-            ino: INodeNo(if entry { self.node_id(attr.ino.addr) } else { attr.ino.addr.0 }),
+            ino: INodeNo(if entry { self.nodes.id(attr.ino) } else { number(attr.ino) }),
             size: attr.size,
             blocks: attr.blocks,
             atime: system_time(attr.atime),

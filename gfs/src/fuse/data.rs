@@ -8,7 +8,7 @@ use crate::glock::{AcquireFlags, Class, LockState, as_request, is_nowait, nowait
 use crate::lockspace::{PlockKind, PlockRequest};
 use crate::ops::{Held, WriteMode, Written};
 use crate::volume::inode_glock;
-use crate::{BlockNo, Error, Result};
+use crate::{Error, InodeNo, Result};
 use fuser::{Errno, FileHandle, ReplyData, ReplyEmpty, ReplyLock, ReplyWrite, WriteFlags};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -50,7 +50,7 @@ impl From<FileHandle> for Handle {
 /// One WRITE.
 #[derive(Clone, Copy)]
 struct Write {
-    ino: BlockNo,
+    ino: InodeNo,
     offset: u64,
     mode: WriteMode,
     /// Comes from, and stays in, the kernel's pages.
@@ -70,11 +70,11 @@ thread_local! {
 }
 
 impl Core {
-    pub(super) fn count_writer(&self, ino: BlockNo) {
+    pub(super) fn count_writer(&self, ino: InodeNo) {
         self.kernel.nodes.get(ino).writers.fetch_add(1, Ordering::SeqCst);
     }
 
-    pub(super) fn uncount_writer(&self, ino: BlockNo) {
+    pub(super) fn uncount_writer(&self, ino: InodeNo) {
         let node = self.kernel.nodes.get(ino);
         node.writers.fetch_sub(1, Ordering::SeqCst);
         if node.lookups() == 0 {
@@ -83,12 +83,12 @@ impl Core {
     }
 
     /// The node has EX once after a writer was counted: pages that were cached under SH are covered by it from then on.
-    pub(super) fn take_for_writing(&self, ino: BlockNo) -> Result<()> {
+    pub(super) fn take_for_writing(&self, ino: InodeNo) -> Result<()> {
         if !self.kernel.does(Part::WriterTakesExclusive) {
             return Ok(());
         }
         let flags = AcquireFlags::PIN | AcquireFlags::SKIP;
-        self.fs.volume().glocks().acquire(inode_glock(ino), LockState::Exclusive, flags).map(drop)
+        self.fs.volume().glocks().acquire(inode_glock(ino.addr), LockState::Exclusive, flags).map(drop)
     }
 
     fn write(&self, w: Write, data: &[u8]) -> Result<Done> {
@@ -96,13 +96,13 @@ impl Core {
         if !self.kernel.is_clustered() {
             return Ok(Done { held: write()?, passes: None });
         }
-        let name = inode_glock(w.ino);
+        let name = inode_glock(w.ino.addr);
         let glocks = self.fs.volume().glocks();
         let glock = glocks.get(name);
         if w.mode.mapped {
             if glock.state() != LockState::Exclusive {
                 self.kernel.stats.late_write_back.fetch_add(1, Ordering::Relaxed);
-                tracing::error!(ino = w.ino.0, offset = w.offset, state = ?glock.state(), "a mapped page was written back without EX");
+                tracing::error!(ino = w.ino.addr.0, offset = w.offset, state = ?glock.state(), "a mapped page was written back without EX");
             }
             return Ok(Done { held: as_request(name, Class::WriteBack, false, write)?, passes: None });
         }
@@ -172,7 +172,7 @@ impl Core {
             Err(e) => {
                 if w.mode.mapped {
                     // The kernel keeps such a page and forgets that it is dirty.
-                    tracing::error!(ino = w.ino.0, offset = w.offset, err = %e, "write-back of a mapped page failed");
+                    tracing::error!(ino = w.ino.addr.0, offset = w.offset, err = %e, "write-back of a mapped page failed");
                 }
                 reply.error(errno(&e));
             }
@@ -186,7 +186,7 @@ impl Core {
 impl Adapter {
     pub(super) fn serve_read(
         &self,
-        ino: BlockNo,
+        ino: InodeNo,
         handle: Handle,
         offset: u64,
         size: u32,
@@ -224,7 +224,7 @@ impl Adapter {
     }
 
     /// The kernel keeps the target of a symbolic link in the first page, and has that locked while it waits: as with READ.
-    pub(super) fn serve_readlink(&self, ino: BlockNo, reply: ReplyData) {
+    pub(super) fn serve_readlink(&self, ino: InodeNo, reply: ReplyData) {
         let read = move |core: &Core| core.fs.readlink(ino);
         let answer = |reply: ReplyData, result: Result<Held<Vec<u8>>>| match result {
             Ok(held) => {
@@ -244,7 +244,7 @@ impl Adapter {
     /// answered. `answer` writes the reply, and returns the holders if there was data.
     fn serve_pages<T: 'static, H: 'static>(
         &self,
-        ino: BlockNo,
+        ino: InodeNo,
         pages: Pages,
         certain: bool,
         fills: bool,
@@ -257,7 +257,7 @@ impl Adapter {
         }
         let node = self.core.kernel.nodes.get(ino);
         let ticket = node.traffic.read_arrived(pages, certain);
-        let name = inode_glock(ino);
+        let name = inode_glock(ino.addr);
         let ended = Arc::clone(&node);
         self.serve(
             reply,
@@ -291,7 +291,7 @@ impl Adapter {
     #[expect(clippy::too_many_arguments, reason = "the request's own")]
     pub(super) fn serve_write(
         &self,
-        ino: BlockNo,
+        ino: InodeNo,
         handle: Handle,
         offset: u64,
         data: &[u8],
@@ -339,7 +339,7 @@ impl Adapter {
 /// End of a lock that reaches to the end of the file, in the kernel's words.
 const TO_THE_END: u64 = i64::MAX as u64;
 
-fn plock(ino: BlockNo, owner: u64, (start, end): (u64, u64), typ: i32, pid: u32) -> Option<PlockRequest> {
+fn plock(ino: InodeNo, owner: u64, (start, end): (u64, u64), typ: i32, pid: u32) -> Option<PlockRequest> {
     let kind = match typ {
         libc::F_RDLCK => PlockKind::Read,
         libc::F_WRLCK => PlockKind::Write,
@@ -347,13 +347,13 @@ fn plock(ino: BlockNo, owner: u64, (start, end): (u64, u64), typ: i32, pid: u32)
         _ => return None,
     };
     let end = if end >= TO_THE_END { u64::MAX } else { end };
-    (start <= end).then_some(PlockRequest { ino: ino.0, owner, pid, start, end, kind })
+    (start <= end).then_some(PlockRequest { ino: ino.addr.0, owner, pid, start, end, kind })
 }
 
 impl Core {
     pub(super) fn set_lock(
         &self,
-        ino: BlockNo,
+        ino: InodeNo,
         owner: u64,
         range: (u64, u64),
         typ: i32,
@@ -374,7 +374,7 @@ impl Core {
 
     pub(super) fn get_lock(
         &self,
-        ino: BlockNo,
+        ino: InodeNo,
         owner: u64,
         range: (u64, u64),
         typ: i32,
@@ -394,16 +394,16 @@ impl Core {
     }
 
     /// A file description of this owner was closed.
-    pub(super) fn release_locks(&self, ino: BlockNo, owner: u64) {
+    pub(super) fn release_locks(&self, ino: InodeNo, owner: u64) {
         let Some(node) = self.kernel.nodes.find(ino) else { return };
         if !node.lock_owners.lock().remove(&owner) {
             return;
         }
         let request =
-            PlockRequest { ino: ino.0, owner, pid: 0, start: 0, end: u64::MAX, kind: PlockKind::Unlock };
+            PlockRequest { ino: ino.addr.0, owner, pid: 0, start: 0, end: u64::MAX, kind: PlockKind::Unlock };
         let done = move |result: Result<()>| {
             if let Err(e) = result {
-                tracing::warn!(ino = ino.0, err = %e, "byte-range locks of a closed file could not be released");
+                tracing::warn!(ino = ino.addr.0, err = %e, "byte-range locks of a closed file could not be released");
             }
         };
         self.fs.volume().glocks().space().plock(request, false, Box::new(done));

@@ -10,8 +10,9 @@
 use super::adapter::{Adapter, errno};
 use super::coherence::LONG;
 use super::convert::{file_type, no_attr};
+use super::node::number;
+use crate::InodeNo;
 use crate::ops::Attr;
-use crate::{BlockNo, InodeNo};
 use fuser::{FileAttr, Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -40,19 +41,19 @@ impl Entry {
     /// Its name and number, for an inode whose attributes are not to be had. The reply has one field for the number that is shown and the one that the
     /// kernel makes an inode of, so "no inode" (0) would be shown. A size that no file has keeps the kernel from making one: it sends a FORGET instead.
     fn name_only(&self) -> FileAttr {
-        FileAttr { ino: INodeNo(self.ino.addr.0), kind: file_type(self.mode), size: u64::MAX, ..no_attr() }
+        FileAttr { ino: INodeNo(number(self.ino)), kind: file_type(self.mode), size: u64::MAX, ..no_attr() }
     }
 }
 
 impl Adapter {
-    pub(super) fn serve_readdir(&self, dir: BlockNo, from: u64, reply: ReplyDirectory) {
+    pub(super) fn serve_readdir(&self, dir: InodeNo, from: u64, reply: ReplyDirectory) {
         self.serve(
             reply,
             move |core| {
                 let mut names: Vec<(u64, u64, u32, Vec<u8>)> = Vec::new();
                 let held = core.fs.readdir(dir, from, |entry| {
                     names.push((
-                        entry.ino.addr.0,
+                        number(entry.ino),
                         entry.next,
                         u32::from(entry.ty) << 12,
                         entry.name.to_vec(),
@@ -76,7 +77,7 @@ impl Adapter {
         );
     }
 
-    pub(super) fn serve_readdirplus(&self, dir: BlockNo, from: u64, reply: ReplyDirectoryPlus) {
+    pub(super) fn serve_readdirplus(&self, dir: InodeNo, from: u64, reply: ReplyDirectoryPlus) {
         self.serve(
             reply,
             move |core| {

@@ -10,7 +10,7 @@ use super::adapter::Core;
 use crate::ondisk::dinode::{S_IFMT, S_IFREG};
 use crate::ops::{Attr, Held, OpenMode};
 use crate::workers::Workers;
-use crate::{BlockNo, Error, Result};
+use crate::{Error, InodeNo, Result};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ const TICK: Duration = Duration::from_secs(1);
 struct Walk {
     since: Instant,
     /// Inodes counted as open, as often as they are in here.
-    pinned: Vec<BlockNo>,
+    pinned: Vec<InodeNo>,
 }
 
 /// Second walks under way, by thread.
@@ -62,11 +62,11 @@ impl SecondLooks {
     }
 
     /// False when the walk has ended meanwhile.
-    fn pin(&self, thread: u32, ino: BlockNo) -> bool {
+    fn pin(&self, thread: u32, ino: InodeNo) -> bool {
         self.change(|walks| walks.get_mut(&thread).map(|w| w.pinned.push(ino)).is_some())
     }
 
-    fn end(&self, thread: u32) -> Option<Vec<BlockNo>> {
+    fn end(&self, thread: u32) -> Option<Vec<InodeNo>> {
         if self.count.load(Ordering::Acquire) == 0 {
             return None;
         }
@@ -74,7 +74,7 @@ impl SecondLooks {
     }
 
     /// Ends what is older than [`LIMIT`]. With whether any are left.
-    fn expire(&self, now: Instant) -> (Vec<BlockNo>, bool) {
+    fn expire(&self, now: Instant) -> (Vec<InodeNo>, bool) {
         self.change(|walks| {
             let mut pinned = Vec::new();
             walks.retain(|_, walk| {
@@ -89,20 +89,19 @@ impl SecondLooks {
     }
 }
 
-fn is_file(attr: Option<&Attr>) -> Option<BlockNo> {
-    attr.filter(|a| a.mode & S_IFMT == S_IFREG).map(|a| a.ino.addr)
+fn is_file(attr: Option<&Attr>) -> Option<InodeNo> {
+    attr.filter(|a| a.mode & S_IFMT == S_IFREG).map(|a| a.ino)
 }
 
 impl Core {
     /// LOOKUP for `thread` (0 where the kernel does not tell).
-    pub(super) fn lookup(&self, thread: u32, dir: BlockNo, name: &[u8]) -> Result<Held<Option<Attr>>> {
+    pub(super) fn lookup(&self, thread: u32, dir: InodeNo, name: &[u8]) -> Result<Held<Option<Attr>>> {
         let mut found = self.fs.lookup(dir, name)?;
         if !self.looks.has(thread) {
             return Ok(found);
         }
         loop {
             let Some(ino) = is_file(found.value.as_ref()) else { return Ok(found) };
-            let wanted = found.value.map(|attr| attr.ino);
             // Opening waits for a glock that must not be waited for with the inode's held.
             drop(found);
             match self.fs.open(ino, OpenMode::default()) {
@@ -113,7 +112,7 @@ impl Core {
                 other => drop(other?),
             }
             match self.fs.lookup(dir, name) {
-                Ok(again) if again.value.map(|attr| attr.ino) == wanted => {
+                Ok(again) if again.value.map(|attr| attr.ino) == Some(ino) => {
                     if !self.looks.pin(thread, ino) {
                         self.fs.release(ino);
                     }
@@ -157,20 +156,20 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::BlockNo;
 
     #[test]
     fn pins_are_given_back_once_by_the_end_or_by_time() {
         let looks = SecondLooks::new();
-        assert!(!looks.has(1) && looks.end(1).is_none() && !looks.pin(1, BlockNo(5)));
+        let [a, b, c] = [5, 6, 7].map(|n| InodeNo { addr: BlockNo(n), formal: n });
+        assert!(!looks.has(1) && looks.end(1).is_none() && !looks.pin(1, a));
         assert!(looks.begin(1));
         assert!(!looks.begin(2));
-        assert!(
-            looks.has(1) && looks.pin(1, BlockNo(5)) && looks.pin(1, BlockNo(6)) && looks.pin(2, BlockNo(7))
-        );
-        assert_eq!(looks.end(1), Some(vec![BlockNo(5), BlockNo(6)]));
+        assert!(looks.has(1) && looks.pin(1, a) && looks.pin(1, b) && looks.pin(2, c));
+        assert_eq!(looks.end(1), Some(vec![a, b]));
         assert_eq!((looks.end(1), looks.has(1), looks.has(2)), (None, false, true));
         assert_eq!(looks.expire(Instant::now()), (vec![], true));
-        assert_eq!(looks.expire(Instant::now() + LIMIT), (vec![BlockNo(7)], false));
+        assert_eq!(looks.expire(Instant::now() + LIMIT), (vec![c], false));
         assert_eq!(looks.end(2), None);
         assert!(looks.begin(3), "somebody has to look after it again");
     }

@@ -1,7 +1,7 @@
 //! What runs without the glock's mutex: requests to the lock manager, their answers, and the way down.
 
 use super::queue::{Inner, Phase, Todo, exceeds};
-use super::{AcquireFlags, Glock, GlockType, Glocks, LockState};
+use super::{AcquireFlags, GAP, Glock, GlockType, Glocks, LockState, MAX_HOLD};
 use crate::lockspace::{Granted, RequestFlags};
 use crate::{Error, Result};
 use parking_lot::MutexGuard;
@@ -98,8 +98,13 @@ impl Glock {
                 } else if !going_down {
                     inner.lvb = granted.lvb;
                 }
+                let took = inner.moving_since.take().map_or(Duration::ZERO, |at| at.elapsed());
                 if going_down {
                     inner.phase = Phase::Held;
+                    // What is cheap to give up now, as SH is, may be dear the next time.
+                    inner.giving_up_took = took.max(inner.giving_up_took / 2);
+                } else {
+                    inner.getting_took = took;
                 }
             }
             // Two nodes convert SH to EX: one of them begins again from unlocked.
@@ -130,17 +135,15 @@ impl Glock {
         let Some(glocks) = self.glocks() else { return };
         let mut inner = self.inner.lock();
         if inner.phase == Phase::Grace {
-            let hold = Duration::from_micros(glocks.min_hold_micros.load(Ordering::Relaxed));
-            let until = inner.granted_at.map(|at| at + hold);
-            while let Some(until) = until {
-                let useful = inner.users() > 0 || inner.head_covered();
-                if !useful || self.changed.wait_until(&mut inner, until).timed_out() {
-                    break;
-                }
+            let least = Duration::from_micros(glocks.min_hold_micros.load(Ordering::Relaxed));
+            let hold = least.max(inner.giving_up_took.max(inner.getting_took / 2).min(MAX_HOLD));
+            if let Some(at) = inner.granted_at {
+                self.stay_while_used(&mut inner, at + hold);
             }
             if inner.phase != Phase::Grace {
                 return;
             }
+            inner.went_idle_at = (inner.users() == 0).then(Instant::now);
             if inner.users() > 0 {
                 inner.phase = Phase::Drain;
                 // Whoever waits only to be refused is refused now.
@@ -152,6 +155,7 @@ impl Glock {
         if inner.phase != Phase::Drop {
             return;
         }
+        inner.moving_since = Some(Instant::now());
         let from = inner.state;
         let to = inner.demand.take().unwrap_or(LockState::Unlocked);
         self.stats.demotions.fetch_add(1, Ordering::Relaxed);
@@ -191,6 +195,25 @@ impl Glock {
         inner.asker = None;
         drop(inner);
         glocks.space.request(self.name, to, request_flags(self, AcquireFlags::NONE), lvb.as_ref());
+    }
+
+    /// In Grace: returns at `until`, or when nobody here makes use of the mode (any more).
+    fn stay_while_used(&self, inner: &mut MutexGuard<'_, Inner>, until: Instant) {
+        while inner.phase == Phase::Grace {
+            let now = Instant::now();
+            let was_idle = inner.users() == 0 && !inner.head_covered();
+            // Who waits for a stronger mode gets it by giving this one up.
+            if now >= until || was_idle && (!inner.uses_follow || !inner.queue.is_empty()) {
+                return;
+            }
+            let uses = inner.uses;
+            let quiet = self.changed.wait_until(inner, until.min(now + GAP)).timed_out();
+            let idle = was_idle && inner.uses == uses && !inner.head_covered();
+            if quiet && idle && Instant::now() < until {
+                inner.uses_follow = false;
+                return;
+            }
+        }
     }
 
     fn wait_unused(&self) {

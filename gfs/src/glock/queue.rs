@@ -74,6 +74,16 @@ pub(super) struct Inner {
     pub(super) instantiating: bool,
     pub(super) lvb: Option<Lvb>,
     pub(super) granted_at: Option<Instant>,
+    /// How long it took to get the mode, and to give one up (from the shut gate on); since when one of the two is under way.
+    pub(super) getting_took: Duration,
+    pub(super) giving_up_took: Duration,
+    pub(super) moving_since: Option<Instant>,
+    /// Holders so far.
+    pub(super) uses: u64,
+    /// Use follows use: a demotion waits for the next one, as long as the mode may stay.
+    pub(super) uses_follow: bool,
+    /// A demotion found no use at this moment and went on; whoever comes soon after shows that it should have waited.
+    pub(super) went_idle_at: Option<Instant>,
     shared: u32,
     deferred: u32,
     scoped: u32,
@@ -112,6 +122,7 @@ impl Inner {
     }
 
     pub(super) fn enter(&mut self, kind: Kind) {
+        self.uses += 1;
         match kind {
             Kind::Shared => self.shared += 1,
             Kind::Deferred => self.deferred += 1,
@@ -192,6 +203,11 @@ impl Inner {
     /// Whether releasing a holder must look at the queue or at a demotion.
     pub(super) fn needs_attention(&self) -> bool {
         !self.queue.is_empty() || self.demand.is_some() || self.phase != Phase::Held
+    }
+
+    /// In Grace, and the demotion waits for the next use: it looks from time to time, and need not be told of each that ends.
+    pub(super) fn is_looked_after(&self) -> bool {
+        self.phase == Phase::Grace && self.uses_follow && self.queue.is_empty()
     }
 
     /// On the way down, without users: ends with nobody's help but the lock manager's.
@@ -288,6 +304,7 @@ impl Inner {
         match (self.state, head.node) {
             (LockState::Unlocked, want) | (LockState::Shared, want @ LockState::Exclusive) => {
                 self.requested = Some(want);
+                self.moving_since = Some(Instant::now());
                 self.asker = Some(Arc::clone(head));
                 Todo::Request(want, head.flags)
             }

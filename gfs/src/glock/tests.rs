@@ -211,6 +211,52 @@ fn exclusive_holders_of_three_nodes_never_overlap_and_all_advance() {
     assert!(space.violations().is_empty());
 }
 
+/// Takes time to give a lock up, as one that must flush the log does.
+struct Slow(Duration);
+
+impl GlockOps for Slow {
+    fn release(&self, _glock: &Arc<Glock>, from: LockState, _to: LockState) -> Result<()> {
+        if from == LockState::Exclusive {
+            std::thread::sleep(self.0);
+        }
+        Ok(())
+    }
+
+    fn instantiate(&self, _glock: &Arc<Glock>, _state: LockState) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// One thread that does one operation after the other keeps the mode for many of them, though it has no holder in between, and though another
+/// node asks all the time; and that node gets it again and again.
+#[test]
+fn a_mode_in_steady_use_is_kept_for_as_long_as_giving_it_up_takes() {
+    const TURNS: u64 = 40;
+    let space = SharedSpace::new();
+    let (a, b) = (mount(&space), mount(&space));
+    a.set_ops(Arc::new(Slow(Duration::from_millis(5))));
+    let ended = AtomicBool::new(false);
+    let (uses, demotions) = std::thread::scope(|s| {
+        let user = s.spawn(|| {
+            let mut uses = 0_u64;
+            while !ended.load(Ordering::Relaxed) {
+                drop(a.acquire(A, LockState::Exclusive, AcquireFlags::NONE).unwrap());
+                uses += 1;
+            }
+            uses
+        });
+        for _ in 0..TURNS {
+            drop(b.acquire(A, LockState::Shared, AcquireFlags::NOCACHE).unwrap());
+            until("the first node's turn", || a.get(A).state() == LockState::Exclusive);
+        }
+        ended.store(true, Ordering::Relaxed);
+        (user.join().unwrap(), a.get(A).stats.demotions.load(Ordering::Relaxed))
+    });
+    assert!(demotions >= TURNS / 2, "{demotions} demotions");
+    assert!(uses > 10 * demotions, "{uses} uses in {demotions} turns");
+    assert!(space.violations().is_empty());
+}
+
 #[test]
 fn several_glocks_in_opposite_orders_do_not_deadlock() {
     let space = SharedSpace::new();

@@ -152,6 +152,26 @@ impl Ail {
         Ok(())
     }
 
+    /// These blocks and others that wait for their in-place write, [`BATCH`] at least where there are so many; those of the oldest flushes first.
+    pub(super) fn with_oldest(&self, blocks: &[u64]) -> Vec<u64> {
+        let mut all = blocks.to_vec();
+        let room = BATCH.saturating_sub(blocks.len());
+        if room > 0 {
+            let l = self.lists.lock();
+            let mut others: Vec<(u64, u64)> =
+                l.items.iter().filter(|(_, i)| !i.written).map(|(b, i)| (i.sequence, *b)).collect();
+            drop(l);
+            if others.len() > room {
+                others.select_nth_unstable(room);
+                others.truncate(room);
+            }
+            all.extend(others.into_iter().map(|(_, b)| b));
+            all.sort_unstable();
+            all.dedup();
+        }
+        all
+    }
+
     /// Lets go of blocks whose in-place write has become durable.
     pub(super) fn reap(&self, disk: &Disk) {
         let durable = disk.durable();

@@ -460,7 +460,8 @@ impl Log {
         }
         // a copy may be in a flush that still runs
         drop(self.head.lock());
-        self.ail.write_back(&self.disk, Some(&live))?;
+        // The flushes take their time however little is written: whatever is asked for next finds its blocks in place already.
+        self.ail.write_back(&self.disk, Some(&self.ail.with_oldest(&live)))?;
         self.disk.flush()?;
         self.ail.reap(&self.disk);
         // the next header moves the tail to the oldest flush that is still needed: older copies need no revoke

@@ -5,7 +5,7 @@ use crate::glock::LockState;
 use crate::inode::Locked;
 use crate::ondisk::dinode::{DIF_APPENDONLY, DIF_IMMUTABLE, DIF_NOATIME, Dinode, S_IFMT};
 use crate::trans::TransSize;
-use crate::{BlockNo, Error, Result};
+use crate::{Error, InodeNo, Result};
 
 const S_ISUID: u32 = 0o4000;
 const S_ISGID: u32 = 0o2000;
@@ -52,17 +52,17 @@ pub(crate) fn without_privileges(mode: u32) -> u32 {
 }
 
 impl Fs {
-    pub fn getattr(&self, ino: BlockNo) -> Result<Held<Attr>> {
+    pub fn getattr(&self, ino: InodeNo) -> Result<Held<Attr>> {
         let inode = self.lock(&self.inode(ino)?, LockState::Shared)?;
         Ok(Held::new(inode.attr(), vec![inode.into_holder()]))
     }
 
     /// Errors: EINVAL (size of something that is no file), EFBIG, ENOSPC (a small file that grows out of its dinode), EPERM (immutable).
-    pub fn setattr(&self, ino: BlockNo, set: &SetAttr) -> Result<Held<Attr>> {
+    pub fn setattr(&self, ino: InodeNo, set: &SetAttr) -> Result<Held<Attr>> {
         self.change(|| self.try_setattr(ino, set))
     }
 
-    fn try_setattr(&self, ino: BlockNo, set: &SetAttr) -> Result<Held<Attr>> {
+    fn try_setattr(&self, ino: InodeNo, set: &SetAttr) -> Result<Held<Attr>> {
         let mut inode = self.lock(&self.inode(ino)?, LockState::Exclusive)?;
         inode.require_mutable()?;
         let now = Self::now();
@@ -87,7 +87,7 @@ impl Fs {
         Ok(Held::new(inode.attr(), vec![inode.into_holder()]))
     }
 
-    pub fn readlink(&self, ino: BlockNo) -> Result<Held<Vec<u8>>> {
+    pub fn readlink(&self, ino: InodeNo) -> Result<Held<Vec<u8>>> {
         let inode = self.lock(&self.inode(ino)?, LockState::Shared)?;
         if !inode.d.is_symlink() {
             return Err(Error::Errno(libc::EINVAL));
@@ -95,7 +95,7 @@ impl Fs {
         let len = inode.d.size as usize;
         if inode.d.height != 0 || len == 0 || len > self.geometry().stuffed() {
             let what = format!("symbolic link of {len} bytes and height {}", inode.d.height);
-            return Err(Error::Corrupt { block: ino, what });
+            return Err(Error::Corrupt { block: ino.addr, what });
         }
         let target = inode.buf.with(|b| b[Dinode::SIZE..Dinode::SIZE + len].to_vec());
         Ok(Held::new(target, vec![inode.into_holder()]))

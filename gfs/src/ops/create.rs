@@ -83,7 +83,7 @@ impl Fs {
     pub fn mknod(
         &self,
         caller: Caller,
-        parent: BlockNo,
+        parent: InodeNo,
         name: &[u8],
         mode: u32,
         node: NewNode<'_>,
@@ -92,7 +92,7 @@ impl Fs {
     }
 
     /// Makes a regular file and opens it: as [`Fs::mknod`] and [`Fs::open`] in one.
-    pub fn create(&self, caller: Caller, parent: BlockNo, name: &[u8], mode: u32) -> Result<Held<Attr>> {
+    pub fn create(&self, caller: Caller, parent: InodeNo, name: &[u8], mode: u32) -> Result<Held<Attr>> {
         self.make(caller, parent, name, mode, NewNode::File, true)
     }
 
@@ -102,7 +102,7 @@ impl Fs {
     pub fn create_or_open(
         &self,
         caller: Caller,
-        parent: BlockNo,
+        parent: InodeNo,
         name: &[u8],
         mode: u32,
         existing: &Existing<'_>,
@@ -124,7 +124,7 @@ impl Fs {
     }
 
     /// Errors: ENOENT when there is no such name (any more), and as [`Fs::create_or_open`].
-    fn open_named(&self, parent: BlockNo, name: &[u8], existing: &Existing<'_>) -> Result<Held<Attr>> {
+    fn open_named(&self, parent: InodeNo, name: &[u8], existing: &Existing<'_>) -> Result<Held<Attr>> {
         let (dir, child) = self.lock_entry(parent, Name::new(name)?, LockState::Shared)?;
         let attr = child.attr();
         match attr.mode & S_IFMT {
@@ -142,20 +142,20 @@ impl Fs {
         }
         let opened = if existing.open.truncate {
             let set = SetAttr { size: Some(0), kill_priv: existing.open.kill_priv, ..SetAttr::default() };
-            self.setattr(inode.no.addr, &set)
+            self.setattr(inode.no, &set)
         } else {
             let file = self.lock(&inode, LockState::Exclusive);
             file.map(|file| Held::new(file.attr(), vec![file.into_holder()]))
         };
-        opened.inspect_err(|_| self.release(inode.no.addr))
+        opened.inspect_err(|_| self.release(inode.no))
     }
 
-    pub fn mkdir(&self, caller: Caller, parent: BlockNo, name: &[u8], mode: u32) -> Result<Held<Attr>> {
+    pub fn mkdir(&self, caller: Caller, parent: InodeNo, name: &[u8], mode: u32) -> Result<Held<Attr>> {
         self.make(caller, parent, name, mode, NewNode::Directory, false)
     }
 
     /// The target may have up to block size − 233 bytes.
-    pub fn symlink(&self, caller: Caller, parent: BlockNo, name: &[u8], target: &[u8]) -> Result<Held<Attr>> {
+    pub fn symlink(&self, caller: Caller, parent: InodeNo, name: &[u8], target: &[u8]) -> Result<Held<Attr>> {
         if target.is_empty() {
             return Err(Error::Errno(libc::ENOENT));
         }
@@ -168,7 +168,7 @@ impl Fs {
     fn make(
         &self,
         caller: Caller,
-        parent: BlockNo,
+        parent: InodeNo,
         name: &[u8],
         mode: u32,
         node: NewNode<'_>,
@@ -180,7 +180,7 @@ impl Fs {
     fn try_make(
         &self,
         caller: Caller,
-        parent: BlockNo,
+        parent: InodeNo,
         name: &[u8],
         mode: u32,
         node: NewNode<'_>,
@@ -326,11 +326,11 @@ impl Fs {
     }
 
     /// Another name for an inode. Errors: EPERM for directories, EEXIST, ENOENT, EMLINK, ENOSPC.
-    pub fn link(&self, ino: BlockNo, parent: BlockNo, name: &[u8]) -> Result<Held<Attr>> {
+    pub fn link(&self, ino: InodeNo, parent: InodeNo, name: &[u8]) -> Result<Held<Attr>> {
         self.change(|| self.try_link(ino, parent, name))
     }
 
-    fn try_link(&self, ino: BlockNo, parent: BlockNo, name: &[u8]) -> Result<Held<Attr>> {
+    fn try_link(&self, ino: InodeNo, parent: InodeNo, name: &[u8]) -> Result<Held<Attr>> {
         let name = Name::new(name)?;
         if name.is_dots() {
             return Err(Error::Errno(libc::EEXIST));

@@ -7,7 +7,7 @@ use crate::journal::log::FlushReason;
 use crate::ondisk::dinode::{DIF_APPENDONLY, DIF_SYNC};
 use crate::trans::TransSize;
 use crate::volume::iopen_glock;
-use crate::{BlockNo, Error, Result};
+use crate::{Error, InodeNo, Result};
 use std::sync::Arc;
 
 /// How a handle is opened.
@@ -68,7 +68,7 @@ pub enum Seek {
 
 impl Fs {
     /// Counts an open handle, of a directory too. The inode lives, on every node, until [`Fs::release`].
-    pub fn open(&self, ino: BlockNo, mode: OpenMode) -> Result<Held<()>> {
+    pub fn open(&self, ino: InodeNo, mode: OpenMode) -> Result<Held<()>> {
         let inode = self.inode(ino)?;
         let mut holders = Vec::new();
         self.count_open(&inode)?;
@@ -120,7 +120,7 @@ impl Fs {
     }
 
     /// An open handle is closed.
-    pub fn release(&self, ino: BlockNo) {
+    pub fn release(&self, ino: InodeNo) {
         let Ok(inode) = self.inode(ino) else { return };
         let iopen = {
             let mut uses = inode.uses.lock();
@@ -139,7 +139,7 @@ impl Fs {
 
     /// Reads from `offset` on; less than asked for only at the end of the file. `direct`: what must be read does not fill the cache.
     /// Needs the glock SH, or EX in a request that says so (`glock::as_request`).
-    pub fn read(&self, ino: BlockNo, offset: u64, out: &mut [u8], direct: bool) -> Result<Held<usize>> {
+    pub fn read(&self, ino: InodeNo, offset: u64, out: &mut [u8], direct: bool) -> Result<Held<usize>> {
         let inode = self.inode(ino)?;
         let mut file = self.lock(&inode, LockState::Shared)?;
         let now = Self::now();
@@ -162,7 +162,7 @@ impl Fs {
     }
 
     /// Errors: ENOSPC, EFBIG, EPERM (immutable; append-only written elsewhere).
-    pub fn write(&self, ino: BlockNo, offset: u64, data: &[u8], mode: WriteMode) -> Result<Held<Written>> {
+    pub fn write(&self, ino: InodeNo, offset: u64, data: &[u8], mode: WriteMode) -> Result<Held<Written>> {
         let held = self.change(|| self.try_write(ino, offset, data, mode))?;
         let done = held.value;
         if done.len == data.len() || mode.append || self.orphans.is_idle() {
@@ -178,7 +178,7 @@ impl Fs {
         Ok(rest?.map(|rest| Written { offset: done.offset, len: done.len + rest.len, size: rest.size }))
     }
 
-    fn try_write(&self, ino: BlockNo, offset: u64, data: &[u8], mode: WriteMode) -> Result<Held<Written>> {
+    fn try_write(&self, ino: InodeNo, offset: u64, data: &[u8], mode: WriteMode) -> Result<Held<Written>> {
         let inode = self.inode(ino)?;
         let mut file = self.lock(&inode, LockState::Exclusive)?;
         file.require_file()?;
@@ -212,11 +212,11 @@ impl Fs {
 
     /// Durable: the data of the file, and everything its metadata needs. Other files' committed metadata comes along. Of the root
     /// directory: everything ([`Self::syncfs`]), because FUSE servers do not hear of `syncfs(2)`. `WouldBlock` on a no-wait thread.
-    pub fn fsync(&self, ino: BlockNo, _kind: SyncKind) -> Result<()> {
+    pub fn fsync(&self, ino: InodeNo, _kind: SyncKind) -> Result<()> {
         if is_nowait() {
             return Err(Error::WouldBlock);
         }
-        if ino == self.root().addr {
+        if ino == self.root() {
             return self.syncfs();
         }
         self.sync_inode(&*self.inode(ino)?)
@@ -241,11 +241,11 @@ impl Fs {
     }
 
     /// Errors: ENOSPC, EFBIG, EINVAL, ENODEV (no regular file).
-    pub fn fallocate(&self, ino: BlockNo, how: Fallocate, offset: u64, len: u64) -> Result<Held<Attr>> {
+    pub fn fallocate(&self, ino: InodeNo, how: Fallocate, offset: u64, len: u64) -> Result<Held<Attr>> {
         self.change(|| self.try_fallocate(ino, how, offset, len))
     }
 
-    fn try_fallocate(&self, ino: BlockNo, how: Fallocate, offset: u64, len: u64) -> Result<Held<Attr>> {
+    fn try_fallocate(&self, ino: InodeNo, how: Fallocate, offset: u64, len: u64) -> Result<Held<Attr>> {
         let end = offset.checked_add(len).filter(|_| len > 0).ok_or(Error::Errno(libc::EINVAL))?;
         if is_nowait() {
             return Err(Error::WouldBlock);
@@ -265,7 +265,7 @@ impl Fs {
     }
 
     /// Errors: ENXIO, when there is no such place before the end of the file.
-    pub fn lseek(&self, ino: BlockNo, offset: u64, what: Seek) -> Result<Held<u64>> {
+    pub fn lseek(&self, ino: InodeNo, offset: u64, what: Seek) -> Result<Held<u64>> {
         let file = self.lock(&self.inode(ino)?, LockState::Shared)?;
         file.require_file()?;
         let at = file.seek(offset, what == Seek::Data)?.ok_or(Error::Errno(libc::ENXIO))?;

@@ -3,12 +3,12 @@
 use super::{Attr, Fs, Held};
 use crate::dir::{DirEntry, Name};
 use crate::glock::{AcquireFlags, Holder, LockState};
-use crate::{BlockNo, Error, Result};
+use crate::{Error, InodeNo, Result};
 
 impl Fs {
     /// The inode that a name leads to; `None` when there is no such name, which then is as certain as the directory's glock.
     /// `.` and `..` are names like others. The caller counts the reference with [`Fs::remember`] while it has the holders.
-    pub fn lookup(&self, parent: BlockNo, name: &[u8]) -> Result<Held<Option<Attr>>> {
+    pub fn lookup(&self, parent: InodeNo, name: &[u8]) -> Result<Held<Option<Attr>>> {
         let name = Name::new(name)?;
         if name.bytes == b"." {
             return Ok(self.getattr(parent)?.map(Some));
@@ -16,7 +16,7 @@ impl Fs {
         if name.bytes == b".." {
             let up = self.lock(&self.inode(parent)?, LockState::Shared)?.dir_parent()?;
             self.inodes.obtain(self, up);
-            return Ok(self.getattr(up.addr)?.map(Some));
+            return Ok(self.getattr(up)?.map(Some));
         }
         let dir = self.lock(&self.inode(parent)?, LockState::Shared)?;
         dir.require_dir()?;
@@ -44,7 +44,7 @@ impl Fs {
     /// whatever happens to the directory: an entry that is there all the time is seen exactly once.
     pub fn readdir(
         &self,
-        ino: BlockNo,
+        ino: InodeNo,
         from: u64,
         mut sink: impl FnMut(&DirEntry<'_>) -> bool,
     ) -> Result<Held<()>> {
@@ -58,7 +58,7 @@ impl Fs {
     /// tell the kernel the caller counts with [`Fs::remember`] when this call has returned well: an error makes void what `sink` got.
     pub fn readdirplus(
         &self,
-        ino: BlockNo,
+        ino: InodeNo,
         from: u64,
         mut sink: impl FnMut(&DirEntry<'_>, Option<&Attr>) -> bool,
     ) -> Result<Held<()>> {

@@ -8,16 +8,16 @@ use crate::dir::{Name, Target};
 use crate::glock::{AcquireFlags, LockState};
 use crate::inode::Locked;
 use crate::trans::TransSize;
-use crate::{BlockNo, Error, Result};
+use crate::{Error, InodeNo, Result};
 
 impl Fs {
     /// Errors: ENOENT, EISDIR.
-    pub fn unlink(&self, parent: BlockNo, name: &[u8]) -> Result<Held<()>> {
+    pub fn unlink(&self, parent: InodeNo, name: &[u8]) -> Result<Held<()>> {
         self.change(|| self.remove(parent, name, false))
     }
 
     /// Errors: ENOENT, ENOTDIR, ENOTEMPTY, EINVAL for `.`.
-    pub fn rmdir(&self, parent: BlockNo, name: &[u8]) -> Result<Held<()>> {
+    pub fn rmdir(&self, parent: InodeNo, name: &[u8]) -> Result<Held<()>> {
         match name {
             b"." => Err(Error::Errno(libc::EINVAL)),
             b".." => Err(Error::Errno(libc::ENOTEMPTY)),
@@ -25,7 +25,7 @@ impl Fs {
         }
     }
 
-    fn remove(&self, parent: BlockNo, name: &[u8], is_rmdir: bool) -> Result<Held<()>> {
+    fn remove(&self, parent: InodeNo, name: &[u8], is_rmdir: bool) -> Result<Held<()>> {
         let name = Name::new(name)?;
         if name.is_dots() {
             return Err(Error::Errno(libc::EISDIR));
@@ -88,7 +88,7 @@ impl Fs {
     /// A directory and what one of its names leads to, both locked. Errors: ENOENT, ENOTDIR.
     pub(crate) fn lock_entry(
         &self,
-        parent: BlockNo,
+        parent: InodeNo,
         name: Name<'_>,
         state: LockState,
     ) -> Result<(Locked<'_>, Locked<'_>)> {

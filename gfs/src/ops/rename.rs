@@ -58,9 +58,9 @@ impl Fs {
     /// Errors: ENOENT, EEXIST, EISDIR, ENOTDIR, ENOTEMPTY, EINVAL (a directory into itself), EBUSY for `.` and `..`, EMLINK, ENOSPC.
     pub fn rename(
         &self,
-        old_parent: BlockNo,
+        old_parent: InodeNo,
         old_name: &[u8],
-        new_parent: BlockNo,
+        new_parent: InodeNo,
         new_name: &[u8],
         mode: RenameMode,
     ) -> Result<Held<()>> {
@@ -69,9 +69,9 @@ impl Fs {
 
     fn try_rename(
         &self,
-        old_parent: BlockNo,
+        old_parent: InodeNo,
         old_name: &[u8],
-        new_parent: BlockNo,
+        new_parent: InodeNo,
         new_name: &[u8],
         mode: RenameMode,
     ) -> Result<Held<()>> {

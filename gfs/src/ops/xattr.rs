@@ -8,7 +8,7 @@ use crate::ondisk::dinode::DIF_EA_INDIRECT;
 use crate::ondisk::ea::{EATYPE_SECURITY, EATYPE_SYS, EATYPE_TRUSTED, EATYPE_USR, EaRecords};
 use crate::ondisk::header::{MetaHeader, MetaType};
 use crate::ondisk::pointer_at;
-use crate::{BlockNo, Error, Result};
+use crate::{BlockNo, Error, InodeNo, Result};
 
 /// Prefix of a name, by type. It is not stored.
 fn prefix(ty: u8) -> Option<&'static [u8]> {
@@ -23,14 +23,14 @@ fn prefix(ty: u8) -> Option<&'static [u8]> {
 
 impl Fs {
     /// Errors: ENODATA.
-    pub fn getxattr(&self, ino: BlockNo, name: &[u8]) -> Result<Held<Vec<u8>>> {
+    pub fn getxattr(&self, ino: InodeNo, name: &[u8]) -> Result<Held<Vec<u8>>> {
         let inode = self.lock(&self.inode(ino)?, LockState::Shared)?;
         let value = inode.ea_get(name)?.ok_or(Error::Errno(libc::ENODATA))?;
         Ok(Held::new(value, vec![inode.into_holder()]))
     }
 
     /// All names, each ended by a zero byte.
-    pub fn listxattr(&self, ino: BlockNo) -> Result<Held<Vec<u8>>> {
+    pub fn listxattr(&self, ino: InodeNo) -> Result<Held<Vec<u8>>> {
         let inode = self.lock(&self.inode(ino)?, LockState::Shared)?;
         let mut names = Vec::new();
         for buf in inode.ea_bufs()? {
@@ -47,11 +47,11 @@ impl Fs {
         Ok(Held::new(names, vec![inode.into_holder()]))
     }
 
-    pub fn setxattr(&self, _ino: BlockNo, _name: &[u8], _value: &[u8]) -> Result<()> {
+    pub fn setxattr(&self, _ino: InodeNo, _name: &[u8], _value: &[u8]) -> Result<()> {
         Err(Error::Errno(libc::EOPNOTSUPP))
     }
 
-    pub fn removexattr(&self, _ino: BlockNo, _name: &[u8]) -> Result<()> {
+    pub fn removexattr(&self, _ino: InodeNo, _name: &[u8]) -> Result<()> {
         Err(Error::Errno(libc::EOPNOTSUPP))
     }
 }

@@ -2,6 +2,8 @@
 
 use crate::rig::{ME, Rig, done, errno};
 use gfs::ops::{Fallocate, NewNode, RenameMode, Seek, SetAttr, SyncKind, WriteMode};
+use gfs::volume::inode_glock;
+use lun::mem::What;
 
 const SIZES: [u32; 3] = [512, 1024, 4096];
 
@@ -39,10 +41,10 @@ fn files_keep_what_is_written_to_them() {
             assert_eq!(n.size(grown), 200 * 37);
         });
         rig.with(|n| {
-            let big = n.get(n.root(), "big").unwrap().ino.addr;
+            let big = n.get(n.root(), "big").unwrap().ino;
             assert_eq!(n.read(big, 2000, data.len()), &data[2000..]);
             assert_eq!(n.read(big, 998, 9), [&data[998..1000], b"patch", &data[1005..1007]].concat());
-            let grown = n.get(n.root(), "grown").unwrap().ino.addr;
+            let grown = n.get(n.root(), "grown").unwrap().ino;
             assert_eq!(n.read(grown, 37 * 150, 37), &data[..37]);
         });
     }
@@ -57,7 +59,7 @@ fn names_of_every_kind_come_and_go() {
             let d = n.dir(root, "d");
             assert_eq!(n.attr(root).nlink, 3);
             let link = done(n.fs.symlink(ME, d, b"link", b"/some/where").unwrap());
-            assert_eq!(done(n.fs.readlink(link.ino.addr).unwrap()), b"/some/where");
+            assert_eq!(done(n.fs.readlink(link.ino).unwrap()), b"/some/where");
             let dev = NewNode::CharDevice { major: 4, minor: 65 };
             assert_eq!(done(n.fs.mknod(ME, d, b"tty", 0o600, dev).unwrap()).rdev, (4, 65));
             done(n.fs.mknod(ME, d, b"fifo", 0o600, NewNode::Fifo).unwrap());
@@ -79,7 +81,7 @@ fn names_of_every_kind_come_and_go() {
             assert_eq!(errno(n.fs.mkdir(ME, root, &[b'n'; 256], 0o755)), libc::ENAMETOOLONG);
             done(n.fs.rename(d, b"f", root, b"moved", RenameMode::Replace).unwrap());
             assert_eq!(n.get(d, "f"), None);
-            assert_eq!(n.get(root, "moved").unwrap().ino.addr, f);
+            assert_eq!(n.get(root, "moved").unwrap().ino, f);
             for name in ["link", "tty", "fifo", "sock", "l"] {
                 done(n.fs.unlink(d, name.as_bytes()).unwrap());
             }
@@ -170,7 +172,7 @@ fn attributes_change_as_posix_says() {
         let root = n.root();
         let f = done(n.fs.mknod(ME, root, b"f", 0o6755, NewNode::File).unwrap());
         assert_eq!((f.mode & 0o7777, f.uid, f.gid), (0o6755, ME.uid, ME.gid));
-        let f = f.ino.addr;
+        let f = f.ino;
         let set = |s: SetAttr| done(n.fs.setattr(f, &s).unwrap());
         let after = set(SetAttr { uid: Some(5), ..SetAttr::default() });
         assert_eq!((after.mode & 0o7777, after.uid), (0o755, 5));
@@ -211,7 +213,7 @@ fn an_open_file_lives_without_a_name() {
             assert_eq!(errno(n.fs.getattr(f)), libc::ESTALE);
             // known to the kernel, but not open
             let g = n.file(n.root(), "g");
-            n.fs.remember(g);
+            n.fs.remember(g, 1);
             done(n.fs.unlink(n.root(), b"g").unwrap());
             n.fs.reclaim();
             assert_eq!(n.attr(g).nlink, 0);
@@ -220,4 +222,23 @@ fn an_open_file_lives_without_a_name() {
             assert_eq!(errno(n.fs.getattr(g)), libc::ESTALE);
         });
     }
+}
+
+/// A lock that is given up makes what it covers durable in its place, which takes two flushes of the device and a header however little it is. What is in
+/// the log for others goes along: where another node looks at one file after the other, most have nothing left to write.
+#[test]
+fn locks_given_up_one_after_the_other_share_their_flushes() {
+    let rig = Rig::new(4096, 64);
+    rig.with(|n| {
+        let files: Vec<_> = (0..200).map(|i| n.file(n.root(), &format!("f{i}"))).collect();
+        let vol = n.fs.volume();
+        let flushes = |f: gfs::InodeNo| {
+            let before = rig.lun.log_len();
+            vol.sync_glock(&vol.glocks().get(inode_glock(f.addr))).unwrap();
+            rig.lun.log_since(before).iter().filter(|e| e.what == What::Flush).count()
+        };
+        assert!(flushes(files[0]) >= 2);
+        let rest: usize = files[1..].iter().map(|f| flushes(*f)).sum();
+        assert_eq!(rest, 0, "flushes for the rest");
+    });
 }

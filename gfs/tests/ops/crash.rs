@@ -4,7 +4,7 @@
 use crate::model::{Limits, Model, Rng};
 use crate::random::{seeds, steps};
 use crate::rig::{ME, Node, Rig, done, fsck};
-use gfs::BlockNo;
+use gfs::InodeNo;
 use gfs::ops::{FsOptions, NewNode, SetAttr, SyncKind};
 use gfs::volume::MountOptions;
 use lun::mem::{Keep, MemLun, Trace};
@@ -131,10 +131,10 @@ fn crash_after_fsync_keeps_the_file_its_name_and_its_size() {
             let survivor =
                 after_power_cut(&rig.lun.trace(), &mut rng, synced, &|n| format!("round {round}, event {n}"));
             let again = survivor.mount();
-            let d = again.get(again.root(), "d").unwrap().ino.addr;
+            let d = again.get(again.root(), "d").unwrap().ino;
             let f = again.get(d, &name).unwrap();
             assert_eq!(f.size, data.len() as u64);
-            assert!(again.read(f.ino.addr, 0, data.len()) == data);
+            assert!(again.read(f.ino, 0, data.len()) == data);
             again.unmount();
             fsck(&survivor.lun.durable());
         }
@@ -173,7 +173,7 @@ fn crash_never_shows_what_was_in_a_block_before() {
                 let again = survivor.mount();
                 for i in 0..30 {
                     let Some(attr) = again.get(again.root(), &format!("new{i}")) else { continue };
-                    let bytes = again.read(attr.ino.addr, 0, attr.size as usize);
+                    let bytes = again.read(attr.ino, 0, attr.size as usize);
                     assert!(bytes.iter().all(|b| *b == 0 || *b == b'n'), "new{i} shows what is not its own");
                 }
                 again.unmount();
@@ -185,7 +185,7 @@ fn crash_never_shows_what_was_in_a_block_before() {
 }
 
 fn fill_with_pattern(node: &Node) {
-    let f: BlockNo = done(node.fs.mknod(ME, node.root(), b"old", 0o600, NewNode::File).unwrap()).ino.addr;
+    let f: InodeNo = done(node.fs.mknod(ME, node.root(), b"old", 0o600, NewNode::File).unwrap()).ino;
     node.write(f, 0, &vec![b'S'; 6_000_000]);
     node.fs.syncfs().unwrap();
     done(node.fs.unlink(node.root(), b"old").unwrap());

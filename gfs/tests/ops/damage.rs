@@ -5,13 +5,13 @@ use crate::rig::{ME, Node, Rig, done};
 use gfs::lockspace::local::LocalSpace;
 use gfs::ops::{Fs, FsOptions, NewNode, RenameMode, SetAttr, WriteMode};
 use gfs::volume::{MountOptions, Volume};
-use gfs::{BlockNo, Error};
+use gfs::{Error, InodeNo};
 use lun::BlockDevice;
 use lun::image::Image;
 use lun::mem::MemLun;
 use std::sync::Arc;
 
-fn populated(bsize: u32) -> (Image, Vec<(String, BlockNo)>) {
+fn populated(bsize: u32) -> (Image, Vec<(String, InodeNo)>) {
     let rig = Rig::new(bsize, 32);
     let node = rig.mount();
     let mut files = Vec::new();
@@ -38,18 +38,18 @@ fn a_damaged_dinode_gives_eio_with_its_block_and_the_others_stay() {
         let bad = files[7].1;
         for at in [0, 32, 138] {
             let mut block = vec![0; bsize as usize];
-            let offset = bad.0 * u64::from(bsize);
+            let offset = bad.addr.0 * u64::from(bsize);
             rig.lun.read_at(offset, &mut block).unwrap();
             let good = block.clone();
             block[at] ^= 0x55;
             rig.lun.write_at(offset, &block).unwrap();
             let node = rig.mount();
             match node.fs.lookup(node.root(), b"file7") {
-                Err(Error::Corrupt { block, .. }) => assert_eq!(block, bad),
+                Err(Error::Corrupt { block, .. }) => assert_eq!(block, bad.addr),
                 other => panic!("byte {at}: {other:?}"),
             }
             for (i, (name, ino)) in files.iter().enumerate().filter(|(i, _)| *i != 7) {
-                assert_eq!(node.get(node.root(), name).unwrap().ino.addr, *ino);
+                assert_eq!(node.get(node.root(), name).unwrap().ino, *ino);
                 assert_eq!(node.read(*ino, 0, 1), [i as u8]);
             }
             node.file(node.root(), &format!("new{at}"));
@@ -103,7 +103,7 @@ fn random_damage_never_panics() {
     }
 }
 
-fn use_everything(n: &Node, dir: BlockNo, rng: &mut Rng, depth: u32) {
+fn use_everything(n: &Node, dir: InodeNo, rng: &mut Rng, depth: u32) {
     let mut names: Vec<Vec<u8>> = Vec::new();
     let _ = n.fs.readdir(dir, 0, |e| {
         names.push(e.name.to_vec());
@@ -111,7 +111,7 @@ fn use_everything(n: &Node, dir: BlockNo, rng: &mut Rng, depth: u32) {
     });
     for name in names {
         let Ok(Some(attr)) = n.fs.lookup(dir, &name).map(done) else { continue };
-        let ino = attr.ino.addr;
+        let ino = attr.ino;
         let mut out = vec![0; 20_000];
         let _ = n.fs.read(ino, rng.below(10_000), &mut out, false);
         let _ = n.fs.readlink(ino);
@@ -141,7 +141,7 @@ fn use_everything(n: &Node, dir: BlockNo, rng: &mut Rng, depth: u32) {
 }
 
 /// Reads everything that can be reached. Returns how many inodes were read and how many errors there were.
-fn read_everything(n: &Node, dir: BlockNo, depth: u32) -> (u64, u64) {
+fn read_everything(n: &Node, dir: InodeNo, depth: u32) -> (u64, u64) {
     let (mut read, mut errors) = (0, 0);
     let mut names: Vec<Vec<u8>> = Vec::new();
     let listed = n.fs.readdir(dir, 0, |e| {
@@ -159,7 +159,7 @@ fn read_everything(n: &Node, dir: BlockNo, depth: u32) -> (u64, u64) {
             }
         };
         read += 1;
-        let ino = attr.ino.addr;
+        let ino = attr.ino;
         let failed = match attr.mode & 0o170_000 {
             0o040_000 if depth > 0 => {
                 let below = read_everything(n, ino, depth - 1);
@@ -221,7 +221,7 @@ fn a_garbage_block_costs_what_depends_on_it_and_reading_writes_nothing() {
             };
             let node = Node { fs: Fs::new(vol, FsOptions::default()) };
             if let Ok(made) = node.fs.mknod(ME, node.root(), b"made", 0o600, NewNode::File).map(done) {
-                let _ = node.fs.write(made.ino.addr, 0, &vec![5; 50_000], WriteMode::default());
+                let _ = node.fs.write(made.ino, 0, &vec![5; 50_000], WriteMode::default());
             }
             let _ = node.fs.stop();
             let _ = node.fs.volume().unmount();
@@ -270,7 +270,7 @@ fn damage_found_on_the_way_to_a_change_withdraws_nothing() {
 
     // the leaves of the directory that is moved, of which one has its `..`
     let leaves = blocks_of_kind(&image, bsize, 6, |leaf| {
-        gfs::ondisk::leaf::Leaf::decode(leaf).is_ok_and(|head| head.inode == moved.0)
+        gfs::ondisk::leaf::Leaf::decode(leaf).is_ok_and(|head| head.inode == moved.addr.0)
     });
     let mut failed = 0;
     for leaf in leaves {

@@ -2,7 +2,7 @@
 
 use crate::model::Rng;
 use crate::rig::{Node, Rig, done, fsck};
-use gfs::BlockNo;
+use gfs::InodeNo;
 use gfs::ops::WriteMode;
 use lun::image::Image;
 use lun::mem::MemLun;
@@ -43,14 +43,14 @@ fn volume(name: &str) -> Rig {
     Rig { lun: MemLun::from_image(image, 512) }
 }
 
-fn listing(node: &Node, dir: BlockNo, path: &str, lines: &mut Vec<String>) {
+fn listing(node: &Node, dir: InodeNo, path: &str, lines: &mut Vec<String>) {
     for name in node.names(dir, 100) {
         if name == "." || name == ".." {
             continue;
         }
         let at = format!("{path}{name}");
         let attr = node.get(dir, &name).unwrap();
-        let ino = attr.ino.addr;
+        let ino = attr.ino;
         match attr.mode & 0o170_000 {
             0o040_000 => {
                 let entries = node.names(ino, 1000).len();
@@ -92,10 +92,10 @@ fn volumes_of_crashed_kernels_show_what_the_kernel_showed_and_end_clean() {
         if name.starts_with("k8") {
             // finishes with the first exclusive use
             let node = rig.mount();
-            let d = node.get(node.root(), "d").unwrap().ino.addr;
+            let d = node.get(node.root(), "d").unwrap().ino;
             let f = node.get(d, "large").unwrap();
-            done(node.fs.write(f.ino.addr, f.size, b"x", WriteMode::default()).unwrap());
-            assert_eq!(node.attr(f.ino.addr).blocks, 202);
+            done(node.fs.write(f.ino, f.size, b"x", WriteMode::default()).unwrap());
+            assert_eq!(node.attr(f.ino).blocks, 202);
             node.unmount();
         }
         fsck(&rig.lun.durable());
@@ -121,13 +121,13 @@ fn files_of_kernels_are_changed_and_removed_without_a_trace() {
 }
 
 /// Writes and truncates every file somewhere, journaled ones too, and adds names to every directory.
-fn scribble(node: &Node, dir: BlockNo, rng: &mut Rng) {
+fn scribble(node: &Node, dir: InodeNo, rng: &mut Rng) {
     for name in node.names(dir, 100) {
         if name == "." || name == ".." {
             continue;
         }
         let attr = node.get(dir, &name).unwrap();
-        let ino = attr.ino.addr;
+        let ino = attr.ino;
         match attr.mode & 0o170_000 {
             0o040_000 => scribble(node, ino, rng),
             0o100_000 => {
@@ -154,14 +154,14 @@ fn scribble(node: &Node, dir: BlockNo, rng: &mut Rng) {
     }
 }
 
-fn remove_all(node: &Node, dir: BlockNo) {
+fn remove_all(node: &Node, dir: InodeNo) {
     for name in node.names(dir, 100) {
         if name == "." || name == ".." {
             continue;
         }
         let attr = node.get(dir, &name).unwrap();
         if attr.mode & 0o170_000 == 0o040_000 {
-            remove_all(node, attr.ino.addr);
+            remove_all(node, attr.ino);
             done(node.fs.rmdir(dir, name.as_bytes()).unwrap());
         } else {
             done(node.fs.unlink(dir, name.as_bytes()).unwrap());

@@ -1,11 +1,11 @@
 //! A full volume: every operation that needs space answers ENOSPC, changes nothing and stops nothing; what is freed can be used again.
 
 use crate::rig::{ME, Node, Rig, done, errno};
-use gfs::BlockNo;
+use gfs::InodeNo;
 use gfs::ops::{Fallocate, NewNode, RenameMode, SetAttr, WriteMode};
 
 /// Takes every free block: large pieces first, then single blocks.
-fn fill(n: &Node, bsize: u32) -> BlockNo {
+fn fill(n: &Node, bsize: u32) -> InodeNo {
     let filler = n.file(n.root(), "filler");
     let mut at = 0u64;
     let mut piece = 1u64 << 20;

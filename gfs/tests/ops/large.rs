@@ -3,7 +3,7 @@
 use crate::model::Rng;
 use crate::rig::{ME, Node, Rig, done, errno};
 use gfs::ops::{Fallocate, NewNode, OpenMode, RenameMode, Seek, SyncKind, WriteMode};
-use gfs::{BlockNo, Error};
+use gfs::{Error, InodeNo};
 use std::collections::BTreeSet;
 
 #[test]
@@ -22,7 +22,7 @@ fn directories_of_thousands_of_names_stay_whole() {
             assert_eq!(errno(n.fs.rmdir(n.root(), b"d")), libc::ENOTEMPTY);
         });
         rig.with(|n| {
-            let d = n.get(n.root(), "d").unwrap().ino.addr;
+            let d = n.get(n.root(), "d").unwrap().ino;
             for i in 0..count {
                 assert_eq!(n.get(d, &format!("entry-{i}")).is_some(), i % 3 != 0, "entry-{i}");
             }
@@ -56,7 +56,7 @@ fn names_with_equal_hash_bits_make_a_table_of_greatest_depth_and_chains() {
         assert_eq!(n.attr(d).size, 8 << 17);
     });
     rig.with(|n| {
-        let d = n.get(n.root(), "d").unwrap().ino.addr;
+        let d = n.get(n.root(), "d").unwrap().ino;
         for name in &names {
             assert!(n.get(d, name).is_some(), "{name}");
         }
@@ -135,7 +135,7 @@ fn trees_of_every_height_map_what_was_written() {
         });
         rig.with(|n| {
             for name in ["f0", "f1"] {
-                let f = n.get(n.root(), name).unwrap().ino.addr;
+                let f = n.get(n.root(), name).unwrap().ino;
                 for at in &offsets {
                     assert_eq!(n.read(f, *at, 8), at.to_be_bytes(), "{name} at {at}");
                 }
@@ -228,7 +228,7 @@ fn a_full_volume_says_so_loses_nothing_and_recovers() {
             let chunk = vec![3u8; 700_000];
             'fill: loop {
                 let f = match n.fs.mknod(ME, n.root(), format!("f{files}").as_bytes(), 0o644, NewNode::File) {
-                    Ok(held) => done(held).ino.addr,
+                    Ok(held) => done(held).ino,
                     Err(Error::Errno(libc::ENOSPC)) => break,
                     Err(e) => panic!("{e}"),
                 };
@@ -304,7 +304,7 @@ fn threads_that_do_everything_at_once_leave_a_whole_volume() {
     }
 }
 
-fn storm(n: &Node, shared: BlockNo, t: u64) {
+fn storm(n: &Node, shared: InodeNo, t: u64) {
     let mut rng = Rng::new(t + 1);
     let own = n.dir(n.root(), &format!("own{t}"));
     let dirs = [own, shared, n.root()];
@@ -326,7 +326,7 @@ fn storm(n: &Node, shared: BlockNo, t: u64) {
         let name = format!("n{}", rng.below(30));
         let result = match rng.below(9) {
             0 | 1 => n.fs.mknod(ME, dir, name.as_bytes(), 0o644, NewNode::File).map(|h| {
-                let ino = h.value.ino.addr;
+                let ino = h.value.ino;
                 drop(h);
                 let _ = n.fs.write(
                     ino,
@@ -347,10 +347,10 @@ fn storm(n: &Node, shared: BlockNo, t: u64) {
             7 => n.fs.lookup(dir, name.as_bytes()).map(|h| {
                 if let Some(attr) = h.value {
                     drop(h);
-                    if n.fs.open(attr.ino.addr, OpenMode::default()).is_ok() {
+                    if n.fs.open(attr.ino, OpenMode::default()).is_ok() {
                         let mut out = [0; 100];
-                        let _ = n.fs.read(attr.ino.addr, 0, &mut out, false);
-                        n.fs.release(attr.ino.addr);
+                        let _ = n.fs.read(attr.ino, 0, &mut out, false);
+                        n.fs.release(attr.ino);
                     }
                 }
             }),

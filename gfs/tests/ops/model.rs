@@ -2,7 +2,7 @@
 
 use crate::rig::{ME, Node, done, twice};
 use gfs::ops::{Fallocate, NewNode, OpenMode, RenameMode, Seek, SetAttr, WriteMode};
-use gfs::{BlockNo, Error, Result};
+use gfs::{Error, InodeNo, Result};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// xorshift64*: enough for choosing, and the same everywhere.
@@ -38,7 +38,7 @@ struct Item {
     kind: Kind,
     mode: u32,
     nlink: u32,
-    ino: BlockNo,
+    ino: InodeNo,
     opens: u32,
 }
 
@@ -65,7 +65,7 @@ fn code<T>(result: &Result<T>) -> Option<i32> {
 }
 
 impl Model {
-    pub(crate) fn new(root: BlockNo) -> Self {
+    pub(crate) fn new(root: InodeNo) -> Self {
         let root = Item { kind: Kind::Dir(BTreeMap::new()), mode: 0o755, nlink: 2, ino: root, opens: 0 };
         Self { items: vec![root], touched: BTreeSet::new() }
     }
@@ -236,13 +236,7 @@ impl Model {
         if let Ok(attr) = got {
             let is_dir = matches!(kind, Kind::Dir(_));
             let mode = if is_dir { mode | (self.items[dir].mode & 0o2000) } else { mode };
-            self.items.push(Item {
-                kind,
-                mode,
-                nlink: if is_dir { 2 } else { 1 },
-                ino: attr.ino.addr,
-                opens: 0,
-            });
+            self.items.push(Item { kind, mode, nlink: if is_dir { 2 } else { 1 }, ino: attr.ino, opens: 0 });
             let new = self.items.len() - 1;
             self.touched.insert(new);
             self.dir(dir).insert(name, new);
@@ -364,7 +358,7 @@ impl Model {
                 };
                 let want = data.get(from as usize..).unwrap_or_default();
                 let want = &want[..want.len().min(out.len())];
-                assert!(out[..n] == *want, "read of {ino} at {from}: {n} bytes, {} wanted", want.len());
+                assert!(out[..n] == *want, "read of {ino:?} at {from}: {n} bytes, {} wanted", want.len());
                 if len > 0 {
                     let at = rng.below(len);
                     let hole = done(twice(|| fs.lseek(ino, at, Seek::Hole)).unwrap());
@@ -423,7 +417,7 @@ impl Model {
         let mut want: Vec<String> = self.entries(dir).keys().cloned().collect();
         want.extend([".".to_owned(), "..".to_owned()]);
         want.sort();
-        assert_eq!(names, want, "listing of {}", self.items[dir].ino);
+        assert_eq!(names, want, "listing of {:?}", self.items[dir].ino);
     }
 
     /// Everything on the volume is what it is here. Handles do not survive a mount.
@@ -437,19 +431,19 @@ impl Model {
         durable.check_below(node, ROOT, node.root(), &|i| !touched.contains(&i));
     }
 
-    fn check_below(&mut self, node: &Node, at: usize, ino: BlockNo, sure: &dyn Fn(usize) -> bool) {
+    fn check_below(&mut self, node: &Node, at: usize, ino: InodeNo, sure: &dyn Fn(usize) -> bool) {
         self.items[at].ino = ino;
         self.items[at].opens = 0;
         let attr = node.attr(ino);
         let item = self.items[at].clone();
         if sure(at) {
-            assert_eq!((attr.nlink, attr.mode & 0o7777), (item.nlink, item.mode), "inode {ino}");
+            assert_eq!((attr.nlink, attr.mode & 0o7777), (item.nlink, item.mode), "inode {ino:?}");
         }
         match item.kind {
             Kind::File(data) => {
                 if sure(at) {
-                    assert_eq!(attr.size, data.len() as u64, "size of {ino}");
-                    assert!(node.read(ino, 0, data.len() + 1) == data, "contents of {ino}");
+                    assert_eq!(attr.size, data.len() as u64, "size of {ino:?}");
+                    assert!(node.read(ino, 0, data.len() + 1) == data, "contents of {ino:?}");
                 }
             }
             Kind::Link(target) => assert_eq!(done(node.fs.readlink(ino).unwrap()), target),
@@ -459,11 +453,11 @@ impl Model {
                 }
                 for (name, child) in entries {
                     match node.get(ino, &name) {
-                        Some(attr) if sure(at) || sure(child) && attr.ino.addr == self.items[child].ino => {
-                            self.check_below(node, child, attr.ino.addr, sure);
+                        Some(attr) if sure(at) || sure(child) && attr.ino == self.items[child].ino => {
+                            self.check_below(node, child, attr.ino, sure);
                         }
                         Some(_) => {}
-                        None => assert!(!sure(at), "{name} is gone from {ino}"),
+                        None => assert!(!sure(at), "{name} is gone from {ino:?}"),
                     }
                 }
             }

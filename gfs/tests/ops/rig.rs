@@ -3,7 +3,7 @@
 use gfs::lockspace::local::LocalSpace;
 use gfs::ops::{Attr, Caller, DirEntry, Fs, FsOptions, Held, OpenMode, SetAttr, WriteMode};
 use gfs::volume::{MountOptions, Volume};
-use gfs::{BlockNo, Error, Result};
+use gfs::{Error, InodeNo, Result};
 use lun::image::Image;
 use lun::mem::MemLun;
 use std::process::Command;
@@ -122,52 +122,52 @@ impl Node {
         self.fs.volume().unmount().unwrap();
     }
 
-    pub(crate) fn root(&self) -> BlockNo {
-        self.fs.root().addr
+    pub(crate) fn root(&self) -> InodeNo {
+        self.fs.root()
     }
 
-    pub(crate) fn get(&self, dir: BlockNo, name: &str) -> Option<Attr> {
+    pub(crate) fn get(&self, dir: InodeNo, name: &str) -> Option<Attr> {
         done(self.fs.lookup(dir, name.as_bytes()).unwrap())
     }
 
-    pub(crate) fn file(&self, dir: BlockNo, name: &str) -> BlockNo {
-        done(self.fs.mknod(ME, dir, name.as_bytes(), 0o644, gfs::ops::NewNode::File).unwrap()).ino.addr
+    pub(crate) fn file(&self, dir: InodeNo, name: &str) -> InodeNo {
+        done(self.fs.mknod(ME, dir, name.as_bytes(), 0o644, gfs::ops::NewNode::File).unwrap()).ino
     }
 
-    pub(crate) fn dir(&self, dir: BlockNo, name: &str) -> BlockNo {
-        done(self.fs.mkdir(ME, dir, name.as_bytes(), 0o755).unwrap()).ino.addr
+    pub(crate) fn dir(&self, dir: InodeNo, name: &str) -> InodeNo {
+        done(self.fs.mkdir(ME, dir, name.as_bytes(), 0o755).unwrap()).ino
     }
 
-    pub(crate) fn write(&self, ino: BlockNo, offset: u64, data: &[u8]) {
+    pub(crate) fn write(&self, ino: InodeNo, offset: u64, data: &[u8]) {
         let written = done(self.fs.write(ino, offset, data, WriteMode::default()).unwrap());
         assert_eq!((written.offset, written.len), (offset, data.len()));
     }
 
-    pub(crate) fn read(&self, ino: BlockNo, offset: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn read(&self, ino: InodeNo, offset: u64, len: usize) -> Vec<u8> {
         let mut out = vec![0xEE; len];
         let n = done(self.fs.read(ino, offset, &mut out, false).unwrap());
         out.truncate(n);
         out
     }
 
-    pub(crate) fn size(&self, ino: BlockNo) -> u64 {
+    pub(crate) fn size(&self, ino: InodeNo) -> u64 {
         self.attr(ino).size
     }
 
-    pub(crate) fn attr(&self, ino: BlockNo) -> Attr {
+    pub(crate) fn attr(&self, ino: InodeNo) -> Attr {
         done(self.fs.getattr(ino).unwrap())
     }
 
-    pub(crate) fn truncate(&self, ino: BlockNo, size: u64) {
+    pub(crate) fn truncate(&self, ino: InodeNo, size: u64) {
         done(self.fs.setattr(ino, &SetAttr { size: Some(size), ..SetAttr::default() }).unwrap());
     }
 
-    pub(crate) fn open(&self, ino: BlockNo) {
+    pub(crate) fn open(&self, ino: InodeNo) {
         done(self.fs.open(ino, OpenMode::default()).unwrap());
     }
 
     /// All names, listed in pieces of `batch`.
-    pub(crate) fn names(&self, dir: BlockNo, batch: usize) -> Vec<String> {
+    pub(crate) fn names(&self, dir: InodeNo, batch: usize) -> Vec<String> {
         let mut names = Vec::new();
         let mut from = 0;
         loop {

@@ -2,7 +2,6 @@
 
 use super::rig::{CLIENT, Rig, WRONG, can_mount, client};
 use super::stress::{seconds, seed};
-use crate::BlockNo;
 use crate::fuse::Mounted;
 use crate::glock::{AcquireFlags, LockState};
 use crate::volume::inode_glock;
@@ -20,8 +19,9 @@ use std::time::{Duration, Instant};
 
 /// References to an inode as the adapter and the file system count them.
 fn references(mounted: &Mounted, ino: u64) -> (u64, u64) {
-    let of_adapter = mounted.core.kernel.nodes.find(BlockNo(ino)).map_or(0, |node| node.lookups());
-    let of_fs = mounted.fs().inodes.get(BlockNo(ino)).map_or(0, |inode| inode.uses.lock().lookups);
+    let no = mounted.core.kernel.nodes.no(ino);
+    let of_adapter = mounted.core.kernel.nodes.find(no).map_or(0, |node| node.lookups());
+    let of_fs = mounted.fs().inodes.get(no.addr).map_or(0, |inode| inode.uses.lock().lookups);
     (of_adapter, of_fs)
 }
 
@@ -198,7 +198,13 @@ fn an_inode_in_use_is_listed_by_name_and_not_counted() {
     let ino = fs::metadata(root.join("busy")).unwrap().ino();
     assert_eq!(references(mounted, ino), (1, 1));
     let glocks = mounted.fs().volume().glocks();
-    let busy = glocks.acquire(inode_glock(BlockNo(ino)), LockState::Exclusive, AcquireFlags::SKIP).unwrap();
+    let busy = glocks
+        .acquire(
+            inode_glock(mounted.core.kernel.nodes.no(ino).addr),
+            LockState::Exclusive,
+            AcquireFlags::SKIP,
+        )
+        .unwrap();
     let asked = &mounted.core.probe.asked;
     let before = asked.forgets.load(SeqCst);
     let stream = Stream::open(&root);
@@ -231,13 +237,13 @@ fn what_is_about_to_be_told_is_not_pruned() {
     rig.remount_alone();
     let fs = rig.mounts[0].fs();
     let mut found = None;
-    let held = fs.readdirplus(fs.root().addr, 0, |e, attr| {
-        found = attr.map(|a| a.ino.addr).or(found);
+    let held = fs.readdirplus(fs.root(), 0, |e, attr| {
+        found = attr.map(|a| a.ino).or(found);
         e.name != b"file"
     });
     let (held, ino) = (held.unwrap(), found.unwrap());
     fs.inodes.prune(|_| true);
-    fs.remember(ino);
+    fs.remember(ino, 1);
     drop(held);
     fs.inodes.prune(|_| true);
     assert_eq!(fs.getattr(ino).unwrap().value.size, 5);

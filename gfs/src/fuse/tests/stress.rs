@@ -6,6 +6,7 @@
 
 use super::rig::{CLIENT, Rig, WRONG, can_mount, client};
 use crate::fuse::coherence::Part;
+use crate::fuse::node::MAX_BLOCKS;
 use cairn_base::Rng;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
@@ -174,7 +175,7 @@ fn ways(load: Load, file: usize) -> Vec<Way> {
 }
 
 struct Handles {
-    /// With the inode's number in hexadecimal, as in the names of glocks.
+    /// With the address of the inode in hexadecimal, as in the names of glocks.
     name: String,
     read: File,
     direct: File,
@@ -198,7 +199,7 @@ impl Handles {
         };
         let read = File::open(path)?;
         Ok(Self {
-            name: format!("records{file} (glock 2/{:x})", read.metadata()?.ino()),
+            name: format!("records{file} (glock 2/{:x})", read.metadata()?.ino() & (MAX_BLOCKS - 1)),
             read,
             direct: OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?,
             write_only: OpenOptions::new().write(true).open(path)?,

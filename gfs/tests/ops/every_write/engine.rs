@@ -312,15 +312,15 @@ impl Engine<'_> {
             return Err(format!("shows version {now}, the replay alone shows {version}"));
         }
         // Growing a file shows zeros, whatever a lost write has left behind its end.
-        for (path, addr, data) in seen.files() {
+        for (path, _, data) in seen.files() {
             let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
             let mut at = node.root();
             for part in dir.split('/').filter(|part| !part.is_empty()) {
-                at = node.get(at, part).expect("was there a moment ago").ino.addr;
+                at = node.get(at, part).expect("was there a moment ago").ino;
             }
-            node.get(at, name);
-            node.truncate(addr, data.len() as u64 + 3000);
-            let after = node.read(addr, 0, data.len() + 3000);
+            let file = node.get(at, name).expect("was there a moment ago").ino;
+            node.truncate(file, data.len() as u64 + 3000);
+            let after = node.read(file, 0, data.len() + 3000);
             if after[..data.len()] != data[..] || after[data.len()..].iter().any(|b| *b != 0) {
                 return Err(format!("{path}: what was behind the end shows when it grows"));
             }

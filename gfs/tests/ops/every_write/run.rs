@@ -1,7 +1,7 @@
 //! A workload under way: each step is done to a mounted volume and to a model, and the model of every moment is kept.
 
 use crate::rig::{ME, Node, Rig, done, errno};
-use gfs::BlockNo;
+use gfs::InodeNo;
 use gfs::lockspace::{GlockName, GlockType};
 use gfs::ops::{Fallocate, NewNode, RenameMode, SetAttr, SetTime, SyncKind, Time, WriteMode};
 use gfs::volume::inode_glock;
@@ -63,7 +63,7 @@ pub(crate) struct Run<'a> {
     pub(crate) node: &'a Node,
     rig: &'a Rig,
     tree: Tree,
-    addr: BTreeMap<usize, BlockNo>,
+    addr: BTreeMap<usize, InodeNo>,
     versions: Vec<Version>,
     synced: Vec<(usize, usize)>,
     in_place: Vec<(usize, usize)>,
@@ -112,7 +112,7 @@ impl<'a> Run<'a> {
     }
 
     /// Inodes that the workload knows and that have lost all their names.
-    pub(crate) fn open_without_name(&self) -> Vec<BlockNo> {
+    pub(crate) fn open_without_name(&self) -> Vec<InodeNo> {
         self.addr.iter().filter(|(id, _)| !self.tree.items.contains_key(id)).map(|(_, addr)| *addr).collect()
     }
 
@@ -147,11 +147,11 @@ impl<'a> Run<'a> {
     }
 
     /// The inode that a path leads to.
-    pub(crate) fn at(&self, path: &str) -> BlockNo {
+    pub(crate) fn at(&self, path: &str) -> InodeNo {
         if path.is_empty() { self.node.root() } else { self.addr[&self.id(path)] }
     }
 
-    fn place<'p>(&self, path: &'p str) -> (BlockNo, &'p [u8]) {
+    fn place<'p>(&self, path: &'p str) -> (InodeNo, &'p [u8]) {
         let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
         (self.at(dir), name.as_bytes())
     }
@@ -177,7 +177,7 @@ impl<'a> Run<'a> {
         };
         let item = Item { kind: kind.clone(), perm, owner: (ME.uid, ME.gid), mtime: None };
         let addr = self.step(
-            |n| done(n.fs.mknod(ME, dir, name, perm, node).unwrap()).ino.addr,
+            |n| done(n.fs.mknod(ME, dir, name, perm, node).unwrap()).ino,
             |tree, _| {
                 tree.names.insert(path.to_owned(), id);
                 tree.items.insert(id, Arc::new(item));
@@ -354,7 +354,7 @@ impl<'a> Run<'a> {
     /// All metadata in place, as when the locks are given up. Nothing is promised by it: data of files may still be in memory.
     pub(crate) fn checkpoint(&self) {
         let vol = self.node.fs.volume();
-        let inodes = self.addr.values().copied().chain([self.node.root()]).map(inode_glock);
+        let inodes = self.addr.values().copied().chain([self.node.root()]).map(|ino| inode_glock(ino.addr));
         let groups = vol.rgrps().unwrap().groups();
         let groups = groups.iter().map(|g| GlockName { ty: GlockType::Rgrp, number: g.entry().addr });
         for name in inodes.chain(groups) {
@@ -369,11 +369,11 @@ impl<'a> Run<'a> {
             let (dir, name) = self.place(path);
             let attr =
                 done(self.node.fs.lookup(dir, name).unwrap()).unwrap_or_else(|| panic!("{path} is gone"));
-            assert_eq!(attr.ino.addr, self.addr[id], "{path}");
+            assert_eq!(attr.ino, self.addr[id], "{path}");
             assert_eq!((attr.mode & 0o7777, (attr.uid, attr.gid)), (item.perm, item.owner), "{path}");
             if let Kind::File(data) = &item.kind {
                 assert_eq!(attr.size, data.len() as u64, "{path}");
-                assert!(self.node.read(attr.ino.addr, 0, data.len() + 1) == **data, "contents of {path}");
+                assert!(self.node.read(attr.ino, 0, data.len() + 1) == **data, "contents of {path}");
             }
         }
         let dirs = self.tree.names.iter().filter(|(_, id)| self.tree.items[*id].kind == Kind::Dir);

@@ -910,7 +910,7 @@ impl Run<'_> {
         let lun: Lun = Arc::new(self.lun());
         self.checkpoint();
         let reader = Reader::open(&lun).unwrap();
-        let blocks = reader.file_blocks(self.at(path)).unwrap();
+        let blocks = reader.file_blocks(self.at(path).addr).unwrap();
         let rgrps = self.node.fs.volume().rgrps().unwrap();
         let groups: BTreeSet<u64> =
             blocks.into_iter().filter_map(|b| rgrps.group_of(BlockNo(b))).map(|g| g.entry().addr).collect();
