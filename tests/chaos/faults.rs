@@ -30,9 +30,33 @@ use Fault::*;
 
 /// Each as often as it stands here.
 const FAULTS: [Fault; 27] = [
-    Crash, Crash, Crash, CrashTwo, CrashTwo, CrashAll, CrashMaster, CrashMaster, CrashInRecovery,
-    CrashInRecovery, KillDaemon, KillDaemon, KillMount, KillMount, KillService, KillLoad, Pause, Pause, Pause,
-    PauseDaemon, PauseMount, Relocate, Relocate, Relocate, Leave, Unmount, Unmount,
+    Crash,
+    Crash,
+    Crash,
+    CrashTwo,
+    CrashTwo,
+    CrashAll,
+    CrashMaster,
+    CrashMaster,
+    CrashInRecovery,
+    CrashInRecovery,
+    KillDaemon,
+    KillDaemon,
+    KillMount,
+    KillMount,
+    KillService,
+    KillLoad,
+    Pause,
+    Pause,
+    Pause,
+    PauseDaemon,
+    PauseMount,
+    Relocate,
+    Relocate,
+    Relocate,
+    Leave,
+    Unmount,
+    Unmount,
 ];
 
 /// Longest pause; the fast profile loses a node after two seconds.
