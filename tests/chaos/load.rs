@@ -22,7 +22,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Op {
-    /// All kinds of load on one mount
+    /// Load on one mount
     Run {
         #[arg(long)]
         mount: PathBuf,
@@ -33,6 +33,10 @@ enum Op {
         life: String,
         #[arg(long)]
         seed: u64,
+        /// Only these kinds. Who waits for a lock cannot be killed (docs/semantics.md), and keeps the locks of its other threads: so a
+        /// process waits for one lock only.
+        #[arg(long)]
+        kinds: String,
     },
     /// Takes the arguments of `cairn http-serve`
     Service {
@@ -100,9 +104,9 @@ fn say(journal: &mut File, line: &str) -> io::Result<()> {
 
 fn main() {
     match Cli::parse().op {
-        Op::Run { mount, acks, life, seed } => {
+        Op::Run { mount, acks, life, seed, kinds } => {
             let handle = enter(&mount).expect("the mount");
-            run(&Life { mount: path_of(&handle), acks, name: life }, Rng::new(seed));
+            run(&Life { mount: path_of(&handle), acks, name: life }, Rng::new(seed), &kinds);
         }
         Op::Service { dir, listen, pid_file, name, acks } => {
             let handle = enter(dir.parent().unwrap_or(&dir)).expect("the mount");
@@ -116,7 +120,7 @@ fn main() {
 
 type Work = fn(&Life, Rng) -> io::Result<()>;
 
-fn run(life: &Life, mut rng: Rng) {
+fn run(life: &Life, mut rng: Rng, wanted: &str) {
     let kinds: [(&str, Work); 6] = [
         ("own", |l, r| records(l, r, "own", &format!("own-{}", l.name))),
         ("shared", |l, r| records(l, r, "shared", "shared")),
@@ -127,6 +131,7 @@ fn run(life: &Life, mut rng: Rng) {
     ];
     let threads: Vec<_> = kinds
         .into_iter()
+        .filter(|(kind, _)| wanted.split(',').any(|w| w == *kind))
         .map(|(kind, work)| {
             let (life, rng) = (life.clone(), rng.fork(1));
             std::thread::spawn(move || {

@@ -15,14 +15,19 @@ use std::time::{Duration, Instant};
 pub(crate) const NODES: [&str; 3] = ["node1", "node2", "node3"];
 /// The kinds of load that count something on every node.
 pub(crate) const KINDS: [&str; 5] = ["own", "shared", "names", "counter", "section"];
+/// What the processes of a node's load do.
+const PROCESSES: [&str; 2] = ["own,shared,names,counter,reader", "section"];
 /// Bounds a hang, not the speed of the machine.
 pub(crate) const WHOLE_LIMIT: Duration = Duration::from_secs(150);
+/// Healing that takes this long says what it waits for.
+const SLOW: Duration = Duration::from_secs(8);
 /// A load whose mount ended must notice.
 const LOAD_LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) struct Node {
     pub(crate) name: &'static str,
-    load: Option<Child>,
+    /// Its processes; they end together.
+    load: Vec<Child>,
     life: u32,
     /// When the load's mount was first seen without its server.
     orphaned: Option<Instant>,
@@ -64,7 +69,7 @@ impl World {
                 .iter()
                 .map(|name| Node {
                     name,
-                    load: None,
+                    load: Vec::new(),
                     life: 0,
                     orphaned: None,
                     respawn_at: Instant::now(),
@@ -133,7 +138,7 @@ impl World {
     }
 
     pub(crate) fn end_load(&mut self, i: usize) {
-        if let Some(load) = &mut self.nodes[i].load {
+        for load in &mut self.nodes[i].load {
             let _ = load.kill();
         }
     }
@@ -194,21 +199,22 @@ impl World {
         let served = self.is_served(i);
         let mount = self.mount(i);
         let node = &mut self.nodes[i];
-        if let Some(load) = &mut node.load {
-            match load.try_wait().expect("wait") {
-                Some(_) => {
-                    node.load = None;
-                    node.orphaned = None;
-                    node.respawn_at = Instant::now() + Duration::from_millis(300);
+        if !node.load.is_empty() {
+            let before = node.load.len();
+            node.load.retain_mut(|l| l.try_wait().expect("wait").is_none());
+            if node.load.len() < before {
+                for other in &mut node.load {
+                    let _ = other.kill();
                 }
-                None if served => node.orphaned = None,
-                None => {
-                    let since = *node.orphaned.get_or_insert_with(Instant::now);
-                    if since.elapsed() > LOAD_LIMIT {
-                        let text = format!("the load of {} hangs on a mount without server", node.name);
-                        self.fail(&text);
-                    }
-                }
+            }
+            if node.load.is_empty() {
+                node.orphaned = None;
+                node.respawn_at = Instant::now() + Duration::from_millis(300);
+            } else if served && before == PROCESSES.len() {
+                node.orphaned = None;
+            } else if node.orphaned.get_or_insert_with(Instant::now).elapsed() > LOAD_LIMIT {
+                let text = format!("the load of {} hangs; its mount is served: {served}", node.name);
+                self.fail(&text);
             }
             return;
         }
@@ -217,16 +223,19 @@ impl World {
         }
         node.life += 1;
         let life = format!("{}.{}", node.name, node.life);
-        let log = fs::OpenOptions::new().create(true).append(true).open(self.acks.join("load.log"));
-        let child = Command::new(load_program())
-            .args(["run", "--life", &life, "--seed", &self.rng.next_u64().to_string(), "--mount"])
-            .arg(mount)
-            .arg("--acks")
-            .arg(&self.acks)
-            .stdin(Stdio::null())
-            .stderr(log.expect("log"))
-            .spawn();
-        node.load = Some(child.expect("load"));
+        for kinds in PROCESSES {
+            let log = fs::OpenOptions::new().create(true).append(true).open(self.acks.join("load.log"));
+            let child = Command::new(load_program())
+                .args(["run", "--life", &life, "--seed", &(u64::from(node.life) << 8 | i as u64).to_string()])
+                .args(["--kinds", kinds, "--mount"])
+                .arg(&mount)
+                .arg("--acks")
+                .arg(&self.acks)
+                .stdin(Stdio::null())
+                .stderr(log.expect("log"))
+                .spawn();
+            node.load.push(child.expect("load"));
+        }
     }
 
     pub(crate) fn let_pass(&mut self, time: Duration) {
@@ -285,7 +294,7 @@ impl World {
             self.nodes[i].start_at = None;
             self.cluster.cairn(&["resume", NODES[i]]);
         }
-        let mut base = None;
+        let (mut base, mut said) = (None, 1);
         let mut next_start = Instant::now();
         loop {
             self.let_pass(Duration::from_millis(50));
@@ -298,7 +307,9 @@ impl World {
                 }
                 next_start = Instant::now() + Duration::from_secs(1);
             }
-            if missing.is_empty() && self.nodes.iter().all(|n| n.load.is_some() && n.starting.is_none()) {
+            if missing.is_empty()
+                && self.nodes.iter().all(|n| n.load.len() == PROCESSES.len() && n.starting.is_none())
+            {
                 let now = self.progress();
                 let from = base.get_or_insert_with(|| now.clone());
                 for (what, n) in &now {
@@ -314,6 +325,10 @@ impl World {
             }
             if missing.is_empty() {
                 break;
+            }
+            if start.elapsed() > said * SLOW {
+                said += 1;
+                self.say(&format!("missing after {} ms: {missing:?}", start.elapsed().as_millis()));
             }
             if start.elapsed() > WHOLE_LIMIT {
                 self.fail(&format!("not whole after {WHOLE_LIMIT:?}: {missing:#?}"));
@@ -331,10 +346,9 @@ impl World {
         let start = Instant::now();
         for i in 0..self.nodes.len() {
             let name = self.nodes[i].name;
-            let Some(mut load) = self.nodes[i].load.take() else { continue };
-            while load.try_wait().expect("wait").is_none() {
+            while !self.nodes[i].load.is_empty() {
+                self.nodes[i].load.retain_mut(|l| l.try_wait().expect("wait").is_none());
                 if start.elapsed() > LOAD_LIMIT {
-                    self.nodes[i].load = Some(load);
                     self.fail(&format!("the load of {name} does not end"));
                 }
                 std::thread::sleep(POLL);
@@ -395,7 +409,7 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         for node in &mut self.nodes {
-            for child in [&mut node.load, &mut node.starting].into_iter().flatten() {
+            for child in node.load.iter_mut().chain(&mut node.starting) {
                 let _ = child.kill();
             }
         }
