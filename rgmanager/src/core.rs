@@ -160,6 +160,11 @@ impl Core {
         }
     }
 
+    /// Services are not initialized for want of fences.
+    pub fn awaits_fences(&self) -> bool {
+        self.records.is_none() && self.is_quorate && !self.unfenced.is_empty()
+    }
+
     pub fn records(&self) -> Option<&Records> {
         self.records.as_ref()
     }
@@ -186,6 +191,7 @@ impl Core {
             }
             Event::View { view, members, left } => self.on_view(view, members, left, out),
             Event::Fenced(p) => self.on_fenced(p, out),
+            Event::NoVictims => self.on_no_victims(out),
             Event::Message { from, msg } => self.on_message(now, from, msg, out),
             Event::Done { svc, seq, action, ok } => self.on_done(now, &svc, seq, action, ok, out),
             Event::Request { id, svc, op, at } => self.on_request(id, svc, op, at, out),

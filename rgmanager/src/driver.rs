@@ -156,7 +156,10 @@ impl Driver {
                     self.feed(Event::Done { svc: f.svc, seq: f.seq, action: f.action, ok: f.ok });
                 },
                 recv(requests) -> r => if let Ok(r) = r { self.on_request(r) },
-                recv(ticks) -> _ => self.feed(Event::Tick { wall: wall() }),
+                recv(ticks) -> _ => {
+                    self.feed(Event::Tick { wall: wall() });
+                    self.look_for_victims()?;
+                }
                 recv(stop) -> _ => self.feed(Event::Shutdown),
             }
             if self.may_leave {
@@ -164,6 +167,19 @@ impl Driver {
                 return Ok(());
             }
         }
+    }
+
+    /// The reply comes behind every event that the daemon had sent before it: with none left to work off, the core has seen its view.
+    fn look_for_victims(&mut self) -> Result<(), IpcError> {
+        if !self.core.awaits_fences() {
+            return Ok(());
+        }
+        let status = self.client.status()?;
+        let has_none = status.quorate && status.fence.in_domain && status.fence.victims.is_empty();
+        if has_none && self.client.events().is_empty() {
+            self.feed(Event::NoVictims);
+        }
+        Ok(())
     }
 
     fn on_cluster(&mut self, event: ClusterEvent) {

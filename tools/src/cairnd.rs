@@ -81,15 +81,11 @@ fn one_life(run_dir: &Path, config: String, stop: &Receiver<()>) -> Result<(), D
     driver::run(DriverConfig { run_dir: run_dir.to_owned(), config, agents }, stop)
 }
 
-/// A descriptor with a shared lock on `alive.lock`, for children to inherit.
+/// A descriptor with a shared lock on `alive.lock`, for children to inherit. The lock goes with its last user: the next life needs it exclusively.
 fn alive_lock(run_dir: &Path) -> Option<Arc<File>> {
-    use nix::fcntl::{Flock, FlockArg};
     let file = File::options().read(true).write(true).open(run_dir.join("alive.lock")).ok()?;
-    let lock = Flock::lock(file, FlockArg::LockSharedNonblock).ok()?;
-    // The lock must outlive the guard: it belongs to the open file, which the duplicate keeps open.
-    let keep = lock.try_clone().ok()?;
-    std::mem::forget(lock);
-    Some(Arc::new(keep))
+    file.try_lock_shared().ok()?;
+    Some(Arc::new(file))
 }
 
 /// The node's cluster mounts, through `mount.gfs` and the control socket of each mount.
@@ -138,5 +134,24 @@ impl Storage for Mounts {
             return Ok(());
         }
         Err(format!("umount {}: {}", at.display(), String::from_utf8_lossy(&out.stderr).trim()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use membership::alive;
+
+    #[test]
+    fn the_service_manager_of_a_life_does_not_stand_in_the_way_of_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let limit = Duration::from_millis(50);
+        drop(alive::conquer(dir.path(), limit).unwrap());
+        let held = alive_lock(dir.path()).unwrap();
+        let of_a_worker = Arc::clone(&held);
+        drop(held);
+        assert!(alive::conquer(dir.path(), limit).is_err());
+        drop(of_a_worker);
+        assert!(alive::conquer(dir.path(), limit).is_ok());
     }
 }

@@ -22,7 +22,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 pub(crate) use create::Plan;
@@ -124,10 +124,10 @@ impl Cluster {
         client.status().doing(node)
     }
 
-    /// Start the daemon of a node; returns when its control socket answers.
-    pub(crate) fn start_daemon(&self, node: &str, limit: Duration) -> Result<()> {
+    /// Start the daemon of a node, unless it runs; returns when its control socket answers.
+    pub(crate) fn start_daemon(&self, node: &str, limit: Duration) -> Result<Option<Child>> {
         if self.status(node).is_ok() {
-            return Ok(());
+            return Ok(None);
         }
         let run_dir = self.run_dir(node);
         fs::create_dir_all(run_dir.join("log")).doing(run_dir.display())?;
@@ -156,7 +156,7 @@ impl Cluster {
         let start = Instant::now();
         loop {
             if self.status(node).is_ok() {
-                return Ok(());
+                return Ok(Some(child));
             }
             if let Some(status) = child.try_wait().doing(node)? {
                 return fail(format!(
@@ -170,27 +170,37 @@ impl Cluster {
             } else {
                 interrupt::pause(POLL)
             };
-            if waited.is_err() {
+            if let Err(e) = waited {
                 // Perhaps it is not yet among the node's registered processes.
                 let _ = child.kill();
                 let _ = child.wait();
-                return waited;
+                return Err(e);
             }
         }
     }
 
-    /// Wait until `is_done` says so of the node's status.
+    /// Wait until `is_done` says so of the node's status, or the daemon, if it is ours, has ended.
     pub(crate) fn wait_status(
         &self,
         node: &str,
+        daemon: Option<&mut Child>,
         what: &str,
         limit: Duration,
         mut is_done: impl FnMut(&StatusReport) -> bool,
     ) -> Result<()> {
         let start = Instant::now();
+        let mut daemon = daemon;
         loop {
             if self.status(node).is_ok_and(|s| is_done(&s)) {
                 return Ok(());
+            }
+            if let Some(status) = daemon.as_mut().and_then(|d| d.try_wait().transpose()) {
+                let log = self.run_dir(node).join("log/cairnd.log");
+                return fail(format!(
+                    "cairnd of {node} ended with {} before there was a {what}; see {}",
+                    status.doing(node)?,
+                    log.display()
+                ));
             }
             if start.elapsed() > limit {
                 return fail(format!(

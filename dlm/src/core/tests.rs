@@ -62,7 +62,7 @@ fn a_fence_before_the_view_frees_what_goes_with_it() {
     view(&mut core, 1, &[1, 2]);
     say(&mut core, 2, 1, Msg::SyncEnd { fresh: true, gates: Vec::new() });
     let names = [&b"mount"[..], b"data"].map(|n| ResName::root_of(n).expect("a short name"));
-    let mut ask = |core: &mut Core, name: &ResName, flags| {
+    let ask = |core: &mut Core, name: &ResName, flags| {
         let mut out = Vec::new();
         let lock = core.request(Boottime::ZERO, name, Mode::EX, flags, 0, None, &mut out).expect("a request");
         (lock, out.iter().any(|a| matches!(a, Action::Complete(c) if c.mode == Some(Mode::EX))))

@@ -10,6 +10,10 @@
 //!   A reply gives attributes a lifetime only when the kernel's inode has them already, or is made by it: the kernel marks them valid before it
 //!   fills them in, and readers take no lock, so that a stat beside the reply would show the old ones as valid (seen: once in 500,000 stats of a file
 //!   that both mounts append to; `fuse_change_attributes` of Linux 6.18 and before). See [`SETTLED`].
+//!   A notification also makes the kernel throw away attributes in a reply that is written and not yet taken in. `stat` tells what the reply said
+//!   all the same, but a read that asked for the size goes on with the old one and ends short. So it is sent only when there is something with a
+//!   lifetime. **Open:** a drop of pages and a local WRITE throw such a reply away as well. A thread that reads alone is not met by that, since it has
+//!   no pages before the reply is taken in; one beside another reader or a writer on this node is (docs/semantics.md).
 //! * Names: the epoch of the mount steps. The notifications for single names take locks that requests hold, and deadlock.
 //! * Pages: removed range by range around READs that wait (their pages are locked, and hold nothing). A pass that takes long is waiting for
 //!   a READ or buffered WRITE that arrived later: those are let in under the mode still held, and what they touched is passed over again.
@@ -184,6 +188,7 @@ impl Coherence {
         if !self.has_settled(node, attr) || self.is_contended(node) {
             return Duration::ZERO;
         }
+        node.keeps_attributes.store(true, Ordering::Release);
         LONG
     }
 
@@ -197,6 +202,7 @@ impl Coherence {
             return Duration::ZERO;
         }
         node.entry_at.store(self.now(), Ordering::Release);
+        node.keeps_attributes.store(true, Ordering::Release);
         LONG
     }
 
@@ -394,7 +400,10 @@ impl Coherence {
         if to != LockState::Shared {
             node.demoted_at.store(self.now(), Ordering::Relaxed);
         }
-        if (to == LockState::Unlocked || pages) && self.does(Part::Attributes) {
+        if (to == LockState::Unlocked || pages)
+            && node.keeps_attributes.swap(false, Ordering::AcqRel)
+            && self.does(Part::Attributes)
+        {
             self.drop_attributes(notify, node, id);
         }
         if to != LockState::Shared {

@@ -48,6 +48,8 @@ pub(super) struct Node {
     mixed: AtomicBool,
     /// When a reply that may create the kernel's inode last gave its attributes a lifetime, in microseconds of the mount.
     pub(super) entry_at: AtomicU64,
+    /// A reply has given the attributes a lifetime since the kernel was last told to drop them.
+    pub(super) keeps_attributes: AtomicBool,
     /// What the last reply said of its attributes, and since when replies have said the same, in microseconds of the mount.
     told: Mutex<Option<(Attr, u64)>>,
     /// Handles that may map pages for writing, counted from OPEN's arrival to RELEASE's.

@@ -6,6 +6,9 @@
 //!
 //! First-mounter protocol (glock numbers as in lock_dlm): `control` EX and `mounted` EX by a try each; whoever gets both is the first,
 //! keeps them until recovery is done, then leaves `mounted` SH and drops `control`. The others get `mounted` SH.
+//!
+//! What the dead had, or may have had, of these locks counts until their fence and not until their replay ([`AcquireFlags::RECOVERY`]): if nobody who is left
+//! has it mounted, a replay comes only after a mount. Who then gets `control` and `mounted` is first, whatever the dead held.
 
 use super::release::Ops;
 use super::system::{Extents, Journal, SysReader, SystemInodes};
@@ -83,6 +86,11 @@ pub(super) fn nondisk(number: u64) -> GlockName {
 
 pub(super) fn journal_glock(jid: JournalId) -> GlockName {
     GlockName { ty: GlockType::Journal, number: jid.0.into() }
+}
+
+/// The first mounter replays every journal itself: no lock of a dead mount that is proved dead holds it up.
+const fn past_the_dead(first: bool) -> AcquireFlags {
+    if first { AcquireFlags::RECOVERY } else { AcquireFlags::NONE }
 }
 
 /// Reads and checks the superblock.
@@ -222,11 +230,12 @@ impl Mounting<'_> {
     fn run(&self, cache: Arc<MetaCache>) -> Result<Arc<Volume>> {
         let fs = self.disk.name().to_owned();
         let mut held = Vec::new();
-        let mount_lock = self.acquire(nondisk(MOUNT_LOCK), LockState::Exclusive, AcquireFlags::NOCACHE)?;
-        held.push(self.acquire(nondisk(LIVE_LOCK), LockState::Shared, AcquireFlags::NONE)?);
+        let flags = AcquireFlags::RECOVERY | AcquireFlags::NOCACHE;
+        let mount_lock = self.acquire(nondisk(MOUNT_LOCK), LockState::Exclusive, flags)?;
+        held.push(self.acquire(nondisk(LIVE_LOCK), LockState::Shared, AcquireFlags::RECOVERY)?);
         let first = self.first_mounter()?;
         let sb_name = GlockName { ty: GlockType::Meta, number: 0 };
-        held.push(self.acquire(sb_name, LockState::Shared, AcquireFlags::NONE)?);
+        held.push(self.acquire(sb_name, LockState::Shared, AcquireFlags::RECOVERY)?);
 
         let reader = SysReader(self.disk);
         let (system, rindex) = self.read_system(&reader)?;
@@ -243,7 +252,10 @@ impl Mounting<'_> {
         held.push(first.done(self.glocks)?);
 
         let writer = match own {
-            Some(own) => Some(self.open_log(own, &system, &rindex, &cache, &mut held)?),
+            Some(own) => {
+                let flags = AcquireFlags::SKIP | past_the_dead(is_first);
+                Some(self.open_log(own, &system, &rindex, &cache, &mut held, flags)?)
+            }
             None => None,
         };
         let volume = Arc::new(Volume {
@@ -284,15 +296,10 @@ impl Mounting<'_> {
     fn first_mounter(&self) -> Result<First> {
         let deadline = Instant::now() + self.options.first_mounter_wait;
         loop {
-            let control = self.acquire(
-                nondisk(CONTROL_LOCK),
-                LockState::Exclusive,
-                AcquireFlags::TRY | AcquireFlags::NOCACHE,
-            );
-            match control {
+            let flags = AcquireFlags::TRY | AcquireFlags::RECOVERY | AcquireFlags::NOCACHE;
+            match self.acquire(nondisk(CONTROL_LOCK), LockState::Exclusive, flags) {
                 Ok(control) => {
                     let mounted = nondisk(MOUNTED_LOCK);
-                    let flags = AcquireFlags::TRY | AcquireFlags::NOCACHE;
                     match self.acquire(mounted, LockState::Exclusive, flags) {
                         Ok(mounted) => return Ok(First::Yes { control, mounted }),
                         Err(Error::Errno(libc::EAGAIN)) => {}
@@ -345,7 +352,7 @@ impl Mounting<'_> {
             let mut dirty = None;
             for j in &wanted {
                 tracing::info!("fsid={fs}: jid={}: Trying to acquire journal lock...", j.jid);
-                let flags = AcquireFlags::TRY;
+                let flags = AcquireFlags::TRY | past_the_dead(first);
                 match self.acquire(journal_glock(j.jid), LockState::Exclusive, flags) {
                     Ok(holder) => {
                         let map = reader.journal(j)?;
@@ -465,14 +472,14 @@ impl Mounting<'_> {
         rindex: &[RindexEntry],
         cache: &Arc<MetaCache>,
         held: &mut Vec<Holder>,
+        flags: AcquireFlags,
     ) -> Result<Writer> {
         let j = &system.journals[own.index];
-        let shared = AcquireFlags::SKIP;
         held.push(own.holder);
-        held.push(self.acquire(inode_glock(j.dinode), LockState::Shared, shared)?);
-        held.push(self.acquire(iopen_glock(j.dinode), LockState::Shared, shared)?);
-        held.push(self.acquire(inode_glock(j.quota_change), LockState::Exclusive, shared)?);
-        let change = self.acquire(inode_glock(j.statfs_change), LockState::Exclusive, shared)?;
+        held.push(self.acquire(inode_glock(j.dinode), LockState::Shared, flags)?);
+        held.push(self.acquire(iopen_glock(j.dinode), LockState::Shared, flags)?);
+        held.push(self.acquire(inode_glock(j.quota_change), LockState::Exclusive, flags)?);
+        let change = self.acquire(inode_glock(j.statfs_change), LockState::Exclusive, flags)?;
         let statfs_buf = cache.read(change.glock(), j.statfs_change, MetaType::Dinode)?;
         held.push(change);
         let local = statfs_buf
@@ -525,7 +532,11 @@ impl First {
             Self::Yes { control, mounted } => {
                 drop(mounted);
                 // EXACT: a holder that came in under the EX that is about to go would keep that EX
-                let shared = glocks.acquire(nondisk(MOUNTED_LOCK), LockState::Shared, AcquireFlags::EXACT)?;
+                let shared = glocks.acquire(
+                    nondisk(MOUNTED_LOCK),
+                    LockState::Shared,
+                    AcquireFlags::EXACT | AcquireFlags::RECOVERY,
+                )?;
                 drop(control);
                 Ok(shared)
             }

@@ -130,6 +130,8 @@ pub enum Event {
     View { view: u64, members: Vec<Proc>, left: Vec<(Proc, bool)> },
     /// Ordered.
     Fenced(Proc),
+    /// In a quorate view that this core has seen, the fence domain, of which this node is a member, has nobody left to fence.
+    NoVictims,
     /// Ordered.
     Message { from: Proc, msg: Msg },
     /// Agents of an action have ended. `ok` false: some agent failed.

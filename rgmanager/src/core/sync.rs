@@ -76,6 +76,18 @@ impl Core {
         }
     }
 
+    /// Whom a side without quorum lost, the fence domain need never have known: then it has no proof for that life, but one for
+    /// whatever ran on the node, or none. Only where nobody has records: those change with ordered events alone.
+    pub(super) fn on_no_victims(&mut self, out: &mut Vec<Output>) {
+        if !self.awaits_fences() || !matches!(self.sync, Sync::Hellos { .. }) {
+            return;
+        }
+        self.unfenced.clear();
+        if self.members.contains(&self.me) {
+            out.push(Output::Send(Msg::Resync { view: self.view }));
+        }
+    }
+
     /// The owner is proven dead: what it held is stopped now.
     fn release_of(&mut self, dead: Proc, out: &mut Vec<Output>) {
         assert!(dead != self.me, "invariant: a fenced incarnation hears of it by its own end");

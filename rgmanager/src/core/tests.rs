@@ -408,6 +408,34 @@ fn who_comes_back_in_the_same_life_needs_no_fence() {
     assert_eq!(bus.record("service:web").state, ServiceState::Started);
 }
 
+/// A side without quorum loses a node that no quorate side ever saw. When the fence domain forms, it proves that nothing runs on that node, and
+/// says so of no life by name.
+#[test]
+fn who_the_fence_domain_never_knew_is_not_waited_for_when_it_has_no_victims() {
+    let (mut bus, p) = three(0);
+    for q in p {
+        bus.event(q, Event::Quorum(false));
+    }
+    bus.settle();
+    bus.nodes.remove(&p[2]);
+    bus.members.remove(&p[2]);
+    bus.new_view(vec![(p[2], false)]);
+    bus.settle();
+    for q in &p[..2] {
+        bus.event(*q, Event::Quorum(true));
+    }
+    bus.fence(Proc { incarnation: Incarnation(0), ..p[2] });
+    bus.settle();
+    let waits = |bus: &Bus| p[..2].iter().all(|q| bus.nodes[q].core.awaits_fences());
+    assert!(waits(&bus), "a proof for no life by name");
+    bus.event(p[0], Event::NoVictims);
+    bus.settle();
+    assert!(bus.nodes[&p[0]].core.records().is_none(), "the other one still knows of a victim");
+    bus.event(p[1], Event::NoVictims);
+    bus.settle();
+    assert_eq!(bus.record("service:web").state, ServiceState::Started);
+}
+
 #[test]
 fn restart_limit_relocates() {
     let (mut bus, p) = three(0);

@@ -177,12 +177,14 @@ fn signal(cluster: &Cluster, args: &Args, node: &str, signal: i32, word: &str) -
 /// Start all daemons, wait for quorum, mount everywhere.
 pub(crate) fn up(cluster: &Cluster) -> Result<()> {
     let limit = Duration::from_secs(60);
+    let mut daemons = Vec::new();
     for node in &cluster.layout.nodes {
-        cluster.start_daemon(node, limit)?;
+        daemons.push(cluster.start_daemon(node, limit)?);
     }
     let n = cluster.layout.nodes.len();
-    for node in &cluster.layout.nodes {
-        cluster.wait_status(node, "quorate view of all nodes in the fence domain", limit, |s| {
+    for (node, daemon) in cluster.layout.nodes.iter().zip(&mut daemons) {
+        let what = "quorate view of all nodes in the fence domain";
+        cluster.wait_status(node, daemon.as_mut(), what, limit, |s| {
             s.quorate && s.nodes.iter().filter(|n| n.member).count() == n && s.fence.in_domain
         })?;
     }
@@ -200,8 +202,8 @@ pub(crate) fn start(cluster: &Cluster, node: &str) -> Result<()> {
         let _ = cluster.wait_gone(node, Duration::from_secs(5));
     }
     cluster.detach_stale(node);
-    cluster.start_daemon(node, limit)?;
-    cluster.wait_status(node, "quorate view", limit, |s| s.quorate && s.fence.in_domain)?;
+    let mut daemon = cluster.start_daemon(node, limit)?;
+    cluster.wait_status(node, daemon.as_mut(), "quorate view", limit, |s| s.quorate && s.fence.in_domain)?;
     cluster.mount(node)
 }
 

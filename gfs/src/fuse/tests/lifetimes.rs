@@ -4,11 +4,13 @@
 
 use super::rig::{Rig, can_mount};
 use crate::fuse::coherence::Part;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{self, Relaxed};
 use std::time::{Duration, Instant};
 
 const ROUNDS: u64 = 10;
@@ -99,4 +101,38 @@ fn missing_attribute_invalidation_is_noticed() {
     pair.settle();
     pair.grow_there();
     assert_eq!(pair.seen(), pair.size - 1, "attributes were kept for an hour, and nobody invalidated them");
+}
+
+/// A read asks for the size, and a notification behind the reply to that makes the kernel forget the reply: so there is none for nothing.
+#[test]
+fn a_read_behind_the_old_end_sees_what_the_other_node_has_appended() {
+    if !can_mount() {
+        return;
+    }
+    const RECORD: u64 = 64;
+    let mut rig = Rig::new(2, 128);
+    rig.mount_shared(2);
+    let mut there = OpenOptions::new().create(true).append(true).open(rig.path(0).join("grows")).unwrap();
+    let path = rig.path(1).join("grows");
+    let done = AtomicU64::new(0);
+    let until = Instant::now() + Duration::from_secs(4);
+    let late = std::thread::scope(|s| {
+        s.spawn(|| {
+            while Instant::now() < until {
+                there.write_all(&[1; RECORD as usize]).unwrap();
+                done.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let mut late = 0;
+        while Instant::now() < until {
+            let Some(last) = done.load(Ordering::SeqCst).checked_sub(1) else { continue };
+            let mut bytes = [0; RECORD as usize];
+            let n = File::open(&path).unwrap().read_at(&mut bytes, last * RECORD).unwrap();
+            late += u32::from(n < bytes.len() || bytes != [1; RECORD as usize]);
+        }
+        late
+    });
+    assert_eq!(late, 0, "reads of {} appended records ended short", done.into_inner());
+    drop(there);
+    rig.end();
 }

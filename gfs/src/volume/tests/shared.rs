@@ -2,6 +2,8 @@
 
 use super::rig::{self, Rig, fsck, volume_image};
 use super::*;
+use crate::glock::{AcquireFlags, Glocks};
+use crate::lockspace::LockState;
 use crate::lockspace::shared::SharedSpace;
 use cairn_base::Rng;
 
@@ -92,5 +94,44 @@ fn concurrent_nodes_and_threads_leave_a_volume_that_fsck_accepts() {
     }
     a.unmount().unwrap();
     b.unmount().unwrap();
+    fsck(&rig.lun.durable());
+}
+
+/// The last who has it mounted dies, and so does one in the middle of its own mount. Nobody can replay before somebody has mounted: what the
+/// dead hold, fenced by now, must not stand in the way of that.
+#[test]
+fn mounting_does_not_wait_for_a_replay_that_nobody_can_do() {
+    let rig = Rig::new(volume_image(1024, 2));
+    let space = SharedSpace::new();
+    let (first, of_first) = space.join();
+    let (second, of_second) = space.join();
+    let a = rig.mount_as("a", of_first, MountOptions::default()).unwrap();
+    rig::create_file(&a, "kept", 3, 1).unwrap();
+    a.log_flush(FlushReason::Fsync).unwrap();
+    let mounting = Glocks::new(of_second);
+    let lock = super::mount::nondisk(0);
+    let held = mounting.acquire(lock, LockState::Exclusive, AcquireFlags::NONE).unwrap();
+    for member in [first, second] {
+        space.kill(member);
+    }
+    for member in [first, second] {
+        space.fenced(member);
+    }
+    let (done, mounted) = std::sync::mpsc::channel();
+    std::thread::scope(|s| {
+        s.spawn(|| done.send(rig.mount_as("b", space.join().1, MountOptions::default())));
+        let b = mounted.recv_timeout(Duration::from_secs(20));
+        for member in [first, second] {
+            space.recovered(member);
+        }
+        let b = b.expect("it is mounted before the replay").unwrap();
+        assert_eq!(rig::read_file(&b, "kept"), Some(3));
+        let c = rig.mount_as("c", space.join().1, MountOptions::default()).unwrap();
+        assert_eq!(rig::names(&c), ["kept"]);
+        assert!(space.violations().is_empty());
+        c.unmount().unwrap();
+        b.unmount().unwrap();
+    });
+    drop(held);
     fsck(&rig.lun.durable());
 }
