@@ -157,8 +157,6 @@ pub struct Sabotage {
     pub fence_without_quorum: bool,
     /// Nobody knows of a recorded view that it was not in.
     pub passed_by_goes_on: bool,
-    /// Clients hear of a view before it is recorded.
-    pub told_before_record: bool,
 }
 
 fn name_of(id: RingId) -> ViewName {
@@ -266,11 +264,8 @@ impl NodeCore {
             | GroupsEvent::SyncMismatch { .. }
             | GroupsEvent::Writable { .. }
             | GroupsEvent::Blocked
+            | GroupsEvent::Unblocked
             | GroupsEvent::Stopped => {}
-            GroupsEvent::Unblocked if self.sabotage.told_before_record && self.quorum.quorate => {
-                self.tell_quorum(QuorumWhy::View, out)
-            }
-            GroupsEvent::Unblocked => {}
         }
     }
 
@@ -569,7 +564,7 @@ impl NodeCore {
         }
         if self.chain.is_recorded() && !self.domain.is_recorded() {
             self.domain.set_recorded(true);
-            if self.quorum.quorate && !self.sabotage.told_before_record {
+            if self.quorum.quorate {
                 self.tell_quorum(QuorumWhy::View, out);
             }
             let mut acts = Vec::new();

@@ -91,7 +91,6 @@ impl World {
             permit_for_ever: self.mutant == Some(Mutant::PermitForEver),
             fence_without_quorum: self.mutant == Some(Mutant::FenceWithoutQuorum),
             passed_by_goes_on: self.mutant == Some(Mutant::PassedByGoesOn),
-            told_before_record: self.mutant == Some(Mutant::ToldBeforeRecord),
         });
         let groups = Groups::new(Tap::new(ring), Box::new(node::merge));
         let disk = core_config(&self.config, me).map(|c| {

@@ -52,7 +52,7 @@ const FOUND: [(u64, &str); 20] = [
 ];
 
 /// The rules that can be taken away, and the seed from which one is looked for that notices: some notice one in thousands.
-const SABOTAGES: [(Mutant, u64); 14] = [
+const SABOTAGES: [(Mutant, u64); 13] = [
     (Mutant::ReplayBeforeFence, 1),
     (Mutant::GateOpenedAtFence, 1),
     (Mutant::PermitNotChecked, 1),
@@ -63,7 +63,6 @@ const SABOTAGES: [(Mutant, u64); 14] = [
     (Mutant::PermitForEver, 1),
     (Mutant::FenceWithoutQuorum, 1),
     (Mutant::PassedByGoesOn, 3361),
-    (Mutant::ToldBeforeRecord, 103_169),
     (Mutant::SafeAsAgreed, 1),
     (Mutant::UsersAlwaysOpen, 1),
     (Mutant::KillsNotRead, 1),

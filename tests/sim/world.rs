@@ -37,7 +37,6 @@ pub(crate) enum Mutant {
     PermitForEver,
     FenceWithoutQuorum,
     PassedByGoesOn,
-    ToldBeforeRecord,
     SafeAsAgreed,
     UsersAlwaysOpen,
     KillsNotRead,

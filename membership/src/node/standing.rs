@@ -90,7 +90,7 @@ impl NodeCore {
 
     /// The present view is quorate; is recorded.
     pub(super) fn standing(&self) -> (bool, bool) {
-        (self.quorum.quorate, self.chain.is_recorded() || self.sabotage.told_before_record)
+        (self.quorum.quorate, self.chain.is_recorded())
     }
 
     pub(super) fn may_fence(&self, quorate: bool) -> bool {

@@ -64,7 +64,7 @@ impl World {
                 self.lun.journal_of[jid] = Some(who);
                 self.check_first_mounter(who);
                 self.set_step(i, Step::FirstDone);
-                self.ask(i, MOUNTED, Mode::PR, Flags::NONE);
+                self.ask(i, MOUNTED, Mode::PR, Flags::RECOVERY);
             }
             Some(dead) => {
                 m.retry_at = retry;

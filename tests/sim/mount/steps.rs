@@ -33,11 +33,11 @@ impl World {
                 for action in unknown {
                     self.member_action(i, action);
                 }
-                self.ask(i, MOUNT, Mode::EX, Flags::NONE);
+                self.ask(i, MOUNT, Mode::EX, Flags::RECOVERY);
             }
             Step::Backoff if now >= retry_at => {
                 self.set_step(i, Step::Control);
-                self.ask(i, CONTROL, Mode::EX, Flags::NOQUEUE);
+                self.ask(i, CONTROL, Mode::EX, Flags::NOQUEUE | Flags::RECOVERY);
             }
             Step::Mounted | Step::Unmounting => {
                 self.recovery_go_on(i);
@@ -106,15 +106,15 @@ impl World {
         match (step, name) {
             (Step::MountLock, MOUNT) if ok => {
                 self.set_step(i, Step::Live);
-                self.ask(i, LIVE, Mode::PR, Flags::NONE);
+                self.ask(i, LIVE, Mode::PR, Flags::RECOVERY);
             }
             (Step::Live, LIVE) if ok => {
                 self.set_step(i, Step::Control);
-                self.ask(i, CONTROL, Mode::EX, Flags::NOQUEUE);
+                self.ask(i, CONTROL, Mode::EX, Flags::NOQUEUE | Flags::RECOVERY);
             }
             (Step::Control, CONTROL) if ok => {
                 self.set_step(i, Step::MountedEx);
-                self.ask(i, MOUNTED, Mode::EX, Flags::NOQUEUE);
+                self.ask(i, MOUNTED, Mode::EX, Flags::NOQUEUE | Flags::RECOVERY);
             }
             (Step::Control, CONTROL) => self.backoff(i),
             (Step::MountedEx, MOUNTED) if ok => {
@@ -123,7 +123,7 @@ impl World {
             }
             (Step::MountedEx, MOUNTED) => {
                 self.set_step(i, Step::MountedSh);
-                self.ask(i, MOUNTED, Mode::PR, Flags::NOQUEUE);
+                self.ask(i, MOUNTED, Mode::PR, Flags::NOQUEUE | Flags::RECOVERY);
             }
             (Step::MountedSh, MOUNTED) => {
                 self.give(i, CONTROL);
@@ -165,7 +165,8 @@ impl World {
     pub(super) fn next_journal(&mut self, i: usize, j: usize) {
         if j < self.lun.journals.len() {
             self.set_step(i, Step::TryJournal(j));
-            self.ask(i, JOURNAL + j, Mode::EX, Flags::NOQUEUE);
+            let past_the_dead = if self.m(i).first { Flags::RECOVERY } else { Flags::NONE };
+            self.ask(i, JOURNAL + j, Mode::EX, Flags::NOQUEUE | past_the_dead);
         } else {
             // all are in use or dirty: the survivors replay them
             self.set_step(i, Step::TryJournal(0));
