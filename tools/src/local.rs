@@ -15,6 +15,7 @@ use membership::alive::{self, marked};
 use membership::client::Client;
 use membership::ipc::{ClientKind, Command as NodeCommand, IpcError, StatusReport};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -261,14 +262,22 @@ impl Cluster {
         pids
     }
 
-    /// Send a signal to every process of a node; says how many there were.
+    /// Send a signal to every process of a node; says how many there were. Looks again until nobody is new: one may have been born, as a
+    /// service that just starts, between the look and the signal to its parent.
     pub(crate) fn signal(&self, node: &str, signal: i32) -> usize {
-        let pids = self.processes(node);
-        for pid in &pids {
-            // SAFETY: plain system call; the pids were compared with their start times just now.
-            unsafe { libc::kill(*pid, signal) };
+        let mut reached = BTreeSet::new();
+        loop {
+            let before = reached.len();
+            for pid in self.processes(node) {
+                if reached.insert(pid) {
+                    // SAFETY: plain system call; the pids were compared with their start times just now.
+                    unsafe { libc::kill(pid, signal) };
+                }
+            }
+            if reached.len() == before {
+                return before;
+            }
         }
-        pids.len()
     }
 
     /// The process that serves the node's mount, while it lives.
