@@ -232,6 +232,9 @@ impl Fs {
 
     /// Everything that was written before the call is durable.
     pub fn syncfs(&self) -> Result<()> {
+        if self.volume().is_read_only() {
+            return self.volume().sync();
+        }
         let inodes = self.inodes.all();
         for inode in &inodes {
             inode.pages.write_out_all()?;

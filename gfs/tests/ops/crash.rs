@@ -77,6 +77,17 @@ fn after_power_cut(trace: &Trace, rng: &mut Rng, from: usize, what: &dyn Fn(usiz
     Rig { lun: MemLun::from_image(point.image(&keep), 512) }
 }
 
+/// There is nothing to write, which is no error.
+#[test]
+fn a_spectator_can_be_synced() {
+    let rig = Rig::new(4096, 32);
+    let options = MountOptions { read_only: true, spectator: true, ..MountOptions::default() };
+    let node = rig.mount_with(FsOptions::default(), options);
+    node.fs.fsync(node.root(), SyncKind::All).unwrap();
+    node.fs.syncfs().unwrap();
+    node.unmount();
+}
+
 /// On a synchronous mount, and after an fsync of the root directory on any, nothing that was answered is lost.
 #[test]
 fn crash_takes_nothing_from_a_synchronous_mount_or_from_behind_an_fsync_of_the_root() {
