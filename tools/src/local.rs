@@ -477,3 +477,36 @@ fn abort(connection: Option<u32>) {
         let _ = fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Children are born all the time, also between the look at the processes and the signal to their parent.
+    #[test]
+    fn a_signal_reaches_who_is_born_while_it_is_sent() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout {
+            cluster: "c".into(),
+            fs: "f".into(),
+            profile: "fast".into(),
+            nodes: vec!["n".into()],
+            http: String::new(),
+        };
+        let cluster = Cluster { dir: dir.path().to_owned(), layout };
+        let run_dir = cluster.run_dir("n");
+        fs::create_dir_all(&run_dir).unwrap();
+        let script = "i=0; while [ $i -lt 3000 ]; do sleep 20 & i=$((i+1)); done; wait";
+        let mut parent = Command::new("sh")
+            .args(["-c", script])
+            .env(marked::MARK, marked::mark(&run_dir, cairn_base::Incarnation(1)))
+            .spawn()
+            .unwrap();
+        while cluster.processes("n").len() < 5 {
+            std::thread::yield_now();
+        }
+        assert!(cluster.signal("n", libc::SIGKILL) > 5);
+        parent.wait().unwrap();
+        cluster.wait_gone("n", Duration::from_secs(5)).unwrap();
+    }
+}
