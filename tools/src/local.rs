@@ -505,7 +505,7 @@ mod tests {
         while cluster.processes("n").len() < 5 {
             std::thread::yield_now();
         }
-        assert!(cluster.signal("n", libc::SIGKILL) > 5);
+        assert!(cluster.signal("n", libc::SIGKILL) >= 5);
         parent.wait().unwrap();
         cluster.wait_gone("n", Duration::from_secs(5)).unwrap();
     }
