@@ -29,7 +29,7 @@ pub use crate::ondisk::dinode::Time;
 pub(crate) use attr::without_privileges;
 pub use attr::{SetAttr, SetTime, StatFs};
 pub use create::{Existing, NewNode};
-pub use data::{Fallocate, OpenMode, Seek, SyncKind, WriteMode, Written};
+pub use data::{Fallocate, Seek, SyncKind, WriteMode, Written};
 pub use rename::RenameMode;
 
 use crate::geometry::Geometry;

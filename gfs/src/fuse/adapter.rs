@@ -7,9 +7,7 @@ use super::data::Handle;
 use super::node::Node;
 use super::second_look::SecondLooks;
 use crate::glock::nowait;
-use crate::ops::{
-    Attr, Caller, Existing, Fallocate, Fs, Held, OpenMode, RenameMode, Seek, SetAttr, SyncKind,
-};
+use crate::ops::{Attr, Caller, Existing, Fallocate, Fs, Held, RenameMode, Seek, SetAttr, SyncKind};
 use crate::workers::Workers;
 use crate::{Error, InodeNo, Result};
 use fuser::{
@@ -193,19 +191,14 @@ fn caller(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid() }
 }
 
-fn open_mode(request: &Request, flags: i32) -> OpenMode {
-    let truncate = flags & libc::O_TRUNC != 0;
-    OpenMode { truncate, kill_priv: truncate && request.uid() != 0 }
-}
-
 fn owned(name: &OsStr) -> Vec<u8> {
     name.as_bytes().to_vec()
 }
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        let mut wanted = InitFlags::FUSE_ATOMIC_O_TRUNC
-            | InitFlags::FUSE_PARALLEL_DIROPS
+        // Not FUSE_ATOMIC_O_TRUNC: an OPEN that truncates comes before the kernel has looked whether the file is a running program.
+        let mut wanted = InitFlags::FUSE_PARALLEL_DIROPS
             | InitFlags::FUSE_ASYNC_DIO
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_EXPLICIT_INVAL_DATA
@@ -405,7 +398,6 @@ impl Filesystem for Adapter {
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let ino = self.ino(ino);
         let handle = Handle::new(flags.0);
-        let mode = open_mode(req, flags.0);
         let thread = req.pid();
         let clustered = self.core.kernel.is_clustered();
         if clustered && handle.writer {
@@ -417,15 +409,12 @@ impl Filesystem for Adapter {
                 if clustered && handle.writer {
                     core.take_for_writing(ino)?;
                 }
-                core.fs.open(ino, mode)
+                core.fs.open(ino)
             },
             move |core, reply, result| {
                 core.opened(thread, &result);
                 match result {
-                    Ok(held) => {
-                        reply.opened(handle.number(), core.open_flags(handle));
-                        drop(held);
-                    }
+                    Ok(()) => reply.opened(handle.number(), core.open_flags(handle)),
                     Err(e) => {
                         if clustered && handle.writer {
                             core.uncount_writer(ino);
@@ -450,7 +439,7 @@ impl Filesystem for Adapter {
         let (dir, name, who) = (self.ino(parent), owned(name), caller(req));
         let handle = Handle::new(flags);
         let opener = Opener::new(req, flags);
-        let (open, thread) = (open_mode(req, flags), req.pid());
+        let (truncate, kill_priv, thread) = (flags & libc::O_TRUNC != 0, req.uid() != 0, req.pid());
         self.serve(
             reply,
             move |core| {
@@ -458,7 +447,7 @@ impl Filesystem for Adapter {
                     return core.fs.create(who, dir, &name, mode);
                 }
                 // Another node may have made it since the kernel looked.
-                let existing = Existing { open, may: &|dir, file| opener.may(dir, file) };
+                let existing = Existing { truncate, kill_priv, may: &|dir, file| opener.may(dir, file) };
                 core.fs.create_or_open(who, dir, &name, mode, &existing)
             },
             move |core, reply, result| {
@@ -551,15 +540,11 @@ impl Filesystem for Adapter {
         let ino = self.ino(ino);
         self.serve(
             reply,
-            move |core| core.fs.open(ino, OpenMode::default()),
+            move |core| core.fs.open(ino),
             |_, reply, result| match result {
-                Ok(held) => {
-                    // No listing is kept: the kernel adds to it after the reply, when our glock may be gone; on a lone mount what was
-                    // read before a name was removed goes into the listing that another handle has begun since.
-                    let flags = FopenFlags::empty();
-                    reply.opened(FileHandle(0), flags);
-                    drop(held);
-                }
+                // No listing is kept: the kernel adds to it after the reply, when our glock may be gone; on a lone mount what was
+                // read before a name was removed goes into the listing that another handle has begun since.
+                Ok(()) => reply.opened(FileHandle(0), FopenFlags::empty()),
                 Err(e) => reply.error(errno(&e)),
             },
         );

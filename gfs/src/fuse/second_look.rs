@@ -8,7 +8,7 @@
 
 use super::adapter::Core;
 use crate::ondisk::dinode::{S_IFMT, S_IFREG};
-use crate::ops::{Attr, Held, OpenMode};
+use crate::ops::{Attr, Held};
 use crate::workers::Workers;
 use crate::{Error, InodeNo, Result};
 use parking_lot::Mutex;
@@ -104,7 +104,7 @@ impl Core {
             let Some(ino) = is_file(found.value.as_ref()) else { return Ok(found) };
             // Opening waits for a glock that must not be waited for with the inode's held.
             drop(found);
-            match self.fs.open(ino, OpenMode::default()) {
+            match self.fs.open(ino) {
                 Err(Error::Errno(libc::ESTALE)) => {
                     found = self.fs.lookup(dir, name)?;
                     continue;

@@ -3,7 +3,7 @@
 //! The block of a new dinode is chosen before the transaction, because its glock must be had before: no other node may still be using what
 //! was there. Everything else of a creation is one transaction, so that a crash leaves all of it or nothing.
 
-use super::{Attr, Caller, Fs, Held, OpenMode, SetAttr};
+use super::{Attr, Caller, Fs, Held, SetAttr};
 use crate::dir::{Name, Target, init_linear};
 use crate::glock::{AcquireFlags, Holder, LockState};
 use crate::inode::{Inode, Locked};
@@ -59,7 +59,10 @@ impl NewNode<'_> {
 
 /// What is to become of a regular file that [`Fs::create_or_open`] finds.
 pub struct Existing<'a> {
-    pub open: OpenMode,
+    /// O_TRUNC.
+    pub truncate: bool,
+    /// With `truncate`: setuid and setgid bits go.
+    pub kill_priv: bool,
     /// Whether the caller may open the file (the second) in the directory (the first).
     pub may: &'a dyn Fn(&Attr, &Attr) -> Result<()>,
 }
@@ -140,8 +143,8 @@ impl Fs {
             Err(Error::Errno(libc::ESTALE)) => return Err(Error::Errno(libc::ENOENT)),
             other => other?,
         }
-        let opened = if existing.open.truncate {
-            let set = SetAttr { size: Some(0), kill_priv: existing.open.kill_priv, ..SetAttr::default() };
+        let opened = if existing.truncate {
+            let set = SetAttr { size: Some(0), kill_priv: existing.kill_priv, ..SetAttr::default() };
             self.setattr(inode.no, &set)
         } else {
             let file = self.lock(&inode, LockState::Exclusive);

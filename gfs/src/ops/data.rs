@@ -1,6 +1,6 @@
 //! Handles and contents: open, read, write, sync, space.
 
-use super::{Attr, Fs, Held, SetAttr};
+use super::{Attr, Fs, Held};
 use crate::glock::{AcquireFlags, LockState, is_nowait};
 use crate::inode::{Inode, Locked};
 use crate::journal::log::FlushReason;
@@ -9,15 +9,6 @@ use crate::trans::TransSize;
 use crate::volume::iopen_glock;
 use crate::{Error, InodeNo, Result};
 use std::sync::Arc;
-
-/// How a handle is opened.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct OpenMode {
-    /// O_TRUNC.
-    pub truncate: bool,
-    /// With `truncate`: setuid and setgid bits go.
-    pub kill_priv: bool,
-}
 
 /// How bytes are to be written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -68,21 +59,9 @@ pub enum Seek {
 
 impl Fs {
     /// Counts an open handle, of a directory too. The inode lives, on every node, until [`Fs::release`].
-    pub fn open(&self, ino: InodeNo, mode: OpenMode) -> Result<Held<()>> {
-        let inode = self.inode(ino)?;
-        let mut holders = Vec::new();
-        self.count_open(&inode)?;
-        if mode.truncate {
-            let set = SetAttr { size: Some(0), kill_priv: mode.kill_priv, ..SetAttr::default() };
-            match self.setattr(ino, &set) {
-                Ok(held) => holders = held.holders,
-                Err(e) => {
-                    self.release(ino);
-                    return Err(e);
-                }
-            }
-        }
-        Ok(Held::new((), holders))
+    /// Errors: ESTALE when the inode was deleted.
+    pub fn open(&self, ino: InodeNo) -> Result<()> {
+        self.count_open(&self.inode(ino)?)
     }
 
     /// Waits for the iopen glock, and with that held for the inode's; so nobody may wait for an iopen glock with the inode's held in EX.

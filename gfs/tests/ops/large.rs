@@ -2,7 +2,7 @@
 
 use crate::model::Rng;
 use crate::rig::{ME, Node, Rig, done, errno};
-use gfs::ops::{Fallocate, NewNode, OpenMode, RenameMode, Seek, SyncKind, WriteMode};
+use gfs::ops::{Fallocate, NewNode, RenameMode, Seek, SyncKind, WriteMode};
 use gfs::{Error, InodeNo};
 use std::collections::BTreeSet;
 
@@ -347,7 +347,7 @@ fn storm(n: &Node, shared: InodeNo, t: u64) {
             7 => n.fs.lookup(dir, name.as_bytes()).map(|h| {
                 if let Some(attr) = h.value {
                     drop(h);
-                    if n.fs.open(attr.ino, OpenMode::default()).is_ok() {
+                    if n.fs.open(attr.ino).is_ok() {
                         let mut out = [0; 100];
                         let _ = n.fs.read(attr.ino, 0, &mut out, false);
                         n.fs.release(attr.ino);

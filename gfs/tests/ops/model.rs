@@ -1,7 +1,7 @@
 //! The reference: a file system of maps and vectors, and a generator that does the same random things to it and to a mounted volume.
 
 use crate::rig::{ME, Node, done, twice};
-use gfs::ops::{Fallocate, NewNode, OpenMode, RenameMode, Seek, SetAttr, WriteMode};
+use gfs::ops::{Fallocate, NewNode, RenameMode, Seek, SetAttr, WriteMode};
 use gfs::{Error, InodeNo, Result};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -207,7 +207,7 @@ impl Model {
             20 => {
                 let files = self.live(|i| matches!(i.kind, Kind::File(_)));
                 if let Some(f) = (!files.is_empty()).then(|| rng.pick(&files)) {
-                    done(twice(|| fs.open(self.items[f].ino, OpenMode::default())).unwrap());
+                    done(twice(|| fs.open(self.items[f].ino)).unwrap());
                     self.items[f].opens += 1;
                 }
             }

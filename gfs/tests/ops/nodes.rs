@@ -6,7 +6,7 @@ use gfs::glock::AcquireFlags;
 use gfs::lockspace::shared::SharedSpace;
 use gfs::lockspace::{GlockName, GlockType, LockState};
 use gfs::ondisk::bitmap::BlockState;
-use gfs::ops::{Fs, FsOptions, NewNode, OpenMode, RenameMode, SetAttr, WriteMode};
+use gfs::ops::{Fs, FsOptions, NewNode, RenameMode, SetAttr, WriteMode};
 use gfs::volume::{MountOptions, Volume};
 use gfs::{Error, InodeNo};
 use lun::mem::MemLun;
@@ -149,7 +149,7 @@ fn a_file_only_known_on_one_node_goes_when_another_removes_it() {
     done(b.fs.unlink(b.root(), b"f").unwrap());
     b.fs.reclaim();
     assert_eq!(errno(a.fs.getattr(f)), libc::ESTALE);
-    assert_eq!(errno(a.fs.open(f, OpenMode::default())), libc::ESTALE);
+    assert_eq!(errno(a.fs.open(f)), libc::ESTALE);
     // The search for a free block goes once around the volume; then its block is that of another file, which must not be taken for it.
     let mut made = (0..100_000).map(|i| format!("g{i}")).map(|name| (b.file(b.root(), &name), name));
     let (next, name) = made.find(|(ino, _)| ino.addr == f.addr).expect("the block is used again");
@@ -157,7 +157,7 @@ fn a_file_only_known_on_one_node_goes_when_another_removes_it() {
     let change = SetAttr { mode: Some(0), ..SetAttr::default() };
     assert_eq!(errno(a.fs.setattr(f, &change)), libc::ESTALE);
     assert_eq!(errno(a.fs.getattr(f)), libc::ESTALE);
-    assert_eq!(errno(a.fs.open(f, OpenMode::default())), libc::ESTALE);
+    assert_eq!(errno(a.fs.open(f)), libc::ESTALE);
     assert_eq!(errno(a.fs.write(f, 0, b"x", WriteMode::default())), libc::ESTALE);
     // References are those of one inode: the other, removed here, stays as long as it is known.
     a.fs.remember(next, 1);
@@ -430,7 +430,7 @@ fn storm(n: &Node, shared: InodeNo, seed: u64) {
             7 => n.fs.lookup(dir, name.as_bytes()).map(|h| {
                 if let Some(attr) = h.value {
                     drop(h);
-                    if n.fs.open(attr.ino, OpenMode::default()).is_ok() {
+                    if n.fs.open(attr.ino).is_ok() {
                         let mut out = [0; 100];
                         let _ = n.fs.read(attr.ino, 0, &mut out, false);
                         n.fs.release(attr.ino);

@@ -1,7 +1,7 @@
 //! A volume in memory, mounted by one node that is alone, with the few words that tests need.
 
 use gfs::lockspace::local::LocalSpace;
-use gfs::ops::{Attr, Caller, DirEntry, Fs, FsOptions, Held, OpenMode, SetAttr, WriteMode};
+use gfs::ops::{Attr, Caller, DirEntry, Fs, FsOptions, Held, SetAttr, WriteMode};
 use gfs::volume::{MountOptions, Volume};
 use gfs::{Error, InodeNo, Result};
 use lun::image::Image;
@@ -163,7 +163,7 @@ impl Node {
     }
 
     pub(crate) fn open(&self, ino: InodeNo) {
-        done(self.fs.open(ino, OpenMode::default()).unwrap());
+        done(self.fs.open(ino).unwrap());
     }
 
     /// All names, listed in pieces of `batch`.

@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{
     DirBuilderExt, DirEntryExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink,
 };
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
@@ -220,8 +221,29 @@ fn locks(root: &Path) {
     fs::remove_file(path).unwrap();
 }
 
+/// Not even an open that is refused in the end may empty the file that runs.
+fn running_program(root: &Path) {
+    let path = root.join("program");
+    let program = fs::read("/bin/sleep").unwrap();
+    fs::write(&path, &program).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut running = std::process::Command::new(&path).arg("60").spawn().unwrap();
+    for flags in [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR].map(|access| access | libc::O_TRUNC) {
+        // SAFETY: a valid C string.
+        assert_eq!(os(unsafe { libc::open(c(&path).as_ptr(), flags) }.into()), Err(libc::ETXTBSY));
+    }
+    assert!(fs::read(&path).unwrap() == program);
+    running.kill().unwrap();
+    assert_eq!(running.wait().unwrap().signal(), Some(libc::SIGKILL), "it ran until then");
+    // SAFETY: as above; the descriptor is closed.
+    os(unsafe { libc::close(libc::open(c(&path).as_ptr(), libc::O_RDONLY | libc::O_TRUNC)) }.into()).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().size(), 0);
+    fs::remove_file(path).unwrap();
+}
+
 fn everything(root: &Path) {
     files(root);
+    running_program(root);
     nodes_and_attributes(root);
     space_and_holes(root);
     mapping(root);
