@@ -29,6 +29,9 @@ const MAX_WRITE_BACK: usize = 256;
 /// One READ or WRITE.
 const MAX_TRANSFER: u32 = 1 << 20;
 
+/// Handle of a directory that we have opened ourselves: see [`super::size`].
+const OURS: u64 = 1;
+
 /// What request threads share.
 pub(super) struct Core {
     pub(super) fs: Arc<Fs>,
@@ -264,13 +267,14 @@ impl Filesystem for Adapter {
         self.core.probe.asked.forgets.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, req: &Request, node: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let Some(reply) = self.core.kernel.answer_ourselves(req.pid(), node, reply) else { return };
         #[cfg(test)]
         self.core.probe.asked.single.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let ino = self.ino(ino);
+        let ino = self.ino(node);
         self.serve(
             reply,
-            move |core| core.fs.getattr(ino),
+            move |core| core.getattr(ino),
             move |core, reply, result| match result {
                 Ok(held) => {
                     let ttl = core.kernel.attr_ttl(&core.kernel.nodes.get(ino), &held.value);
@@ -312,7 +316,12 @@ impl Filesystem for Adapter {
             // The kernel's own word on this (FATTR_KILL_SUIDGID) is not passed on; the superuser is who keeps the bits.
             kill_priv: size.is_some() && req.uid() != 0,
         };
-        self.serve_attr(reply, move |core| core.fs.setattr(ino, &set));
+        self.serve_attr(reply, move |core| {
+            if size.is_none() {
+                core.agree_first(ino)?;
+            }
+            core.fs.setattr(ino, &set)
+        });
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
@@ -392,7 +401,10 @@ impl Filesystem for Adapter {
 
     fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
         let (ino, dir, name) = (self.ino(ino), self.ino(newparent), owned(newname));
-        self.serve_new(reply, dir, move |core| core.fs.link(ino, dir, &name));
+        self.serve_new(reply, dir, move |core| {
+            core.agree_first(ino)?;
+            core.fs.link(ino, dir, &name)
+        });
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -536,7 +548,10 @@ impl Filesystem for Adapter {
         self.sync(ino, datasync, reply);
     }
 
-    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if self.core.kernel.sizes.is_asking(req.pid()) {
+            return reply.opened(FileHandle(OURS), FopenFlags::empty());
+        }
         let ino = self.ino(ino);
         self.serve(
             reply,
@@ -567,15 +582,10 @@ impl Filesystem for Adapter {
         self.serve_readdirplus(self.ino(ino), offset, reply);
     }
 
-    fn releasedir(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _fh: FileHandle,
-        _flags: OpenFlags,
-        reply: ReplyEmpty,
-    ) {
-        self.core.fs.release(self.ino(ino));
+    fn releasedir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        if fh.0 != OURS {
+            self.core.fs.release(self.ino(ino));
+        }
         reply.ok();
     }
 
@@ -689,7 +699,20 @@ impl Filesystem for Adapter {
             _ => return reply.error(Errno::EOPNOTSUPP),
         };
         let ino = self.ino(ino);
-        self.serve_empty(reply, move |core| Ok(core.fs.fallocate(ino, how, offset, length)?.map(|_| ())));
+        self.serve(
+            reply,
+            move |core| core.fs.fallocate(ino, how, offset, length),
+            move |core, reply, result| match result {
+                Ok(held) => {
+                    if how == Fallocate::Allocate {
+                        core.kernel.nodes.get(ino).size.lock().reaches(offset + length);
+                    }
+                    reply.ok();
+                    drop(held);
+                }
+                Err(e) => reply.error(errno(&e)),
+            },
+        );
     }
 
     fn lseek(

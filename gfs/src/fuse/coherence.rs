@@ -26,6 +26,7 @@
 use super::node::{Node, Nodes};
 use super::notify::{Known, Notify};
 use super::range::{Pages, RangeSet};
+use super::size::Sizes;
 use super::traffic::{Errand, STUCK};
 use crate::glock::{Glock, GlockName, GlockType, KernelCache, LockState};
 use crate::ops::Attr;
@@ -73,6 +74,8 @@ pub struct CoherenceStats {
     pub own_page: AtomicU64,
     /// Replies to GETATTR and LOOKUP with attributes.
     pub attributes: AtomicU64,
+    /// Replies before which the kernel's size of the file was looked at.
+    pub sizes: AtomicU64,
     /// Write-back of a mapped page that found the node without EX: must stay 0.
     pub late_write_back: AtomicU64,
 }
@@ -97,6 +100,7 @@ pub struct Coherence {
     /// See [`CONTENDED`].
     contended: AtomicU64,
     helpers: Workers,
+    pub(super) sizes: Sizes,
     pub stats: CoherenceStats,
     #[cfg(test)]
     pub(super) sabotage: super::tests::Sabotage,
@@ -110,6 +114,7 @@ pub(super) enum Part {
     Names,
     WriterTakesExclusive,
     WriteOrder,
+    Sizes,
 }
 
 impl Coherence {
@@ -124,6 +129,7 @@ impl Coherence {
             born: Instant::now(),
             contended: AtomicU64::new(CONTENDED.as_micros() as u64),
             helpers: Workers::new("gfs-pages", 1024),
+            sizes: Sizes::new(),
             stats: CoherenceStats::default(),
             #[cfg(test)]
             sabotage: super::tests::Sabotage::default(),
@@ -149,6 +155,16 @@ impl Coherence {
         }
         let _ = self.has_epoch.set(has_epoch);
         let _ = self.notify.set(notify);
+    }
+
+    /// See [`Sizes::connect`].
+    pub(super) fn connect_sizes(&self, dir: &std::path::Path) {
+        if !self.clustered {
+            return;
+        }
+        if let Err(e) = self.sizes.connect(dir) {
+            tracing::warn!(dir = %dir.display(), err = %e, "a read may find an end of the file that another node has moved: mount as root");
+        }
     }
 
     /// The mount has gone, and with it what the kernel had and owed.
@@ -359,6 +375,14 @@ impl Coherence {
         }
         self.stats.own_page.fetch_add(1, Ordering::Relaxed);
         errand.leave(|| node.traffic.drop_left_behind())
+    }
+
+    /// The page in which the file ends, or ended.
+    pub(super) fn drop_end(&self, id: u64, size: u64) {
+        let (offset, len) = Pages::of(size, 1).bytes();
+        if let Some(notify) = self.notify.get() {
+            notify.pages(id, offset, len);
+        }
     }
 
     /// Attributes changed without the kernel's knowledge, under the glock; at once and from any thread.

@@ -4,6 +4,7 @@ use super::adapter::{Adapter, Core, errno};
 use super::coherence::Part;
 use super::node::Node;
 use super::range::Pages;
+use super::size::{self, End, Settled};
 use crate::glock::{AcquireFlags, Class, LockState, as_request, is_nowait, nowait};
 use crate::lockspace::{PlockKind, PlockRequest};
 use crate::ops::{Held, WriteMode, Written};
@@ -13,6 +14,7 @@ use fuser::{Errno, FileHandle, ReplyData, ReplyEmpty, ReplyLock, ReplyWrite, Wri
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 /// What is remembered of an open file: it is its number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -166,6 +168,9 @@ impl Core {
                     let node = self.kernel.nodes.get(w.ino);
                     node.traffic.wrote_through_cache(Pages::of(w.offset, len as u64), passes);
                 }
+                if self.kernel.is_clustered() && !w.mode.mapped {
+                    self.kernel.nodes.get(w.ino).size.lock().reaches(w.offset + done as u64);
+                }
                 reply.written(done as u32);
                 drop(held);
             }
@@ -199,19 +204,35 @@ impl Adapter {
             if buffer.len() < size as usize {
                 buffer.resize(size as usize, 0);
             }
-            match core.fs.read(ino, offset, &mut buffer[..size as usize], direct) {
-                Ok(held) => Ok((held, buffer)),
+            let mut read = || {
+                let deadline = Instant::now() + size::LIMIT;
+                loop {
+                    let held = core.fs.read(ino, offset, &mut buffer[..size as usize], direct)?;
+                    if held.value == size as usize {
+                        return Ok((held, None));
+                    }
+                    match core.end_met(ino, offset + held.value as u64)? {
+                        End::Known(settled) => return Ok((held, settled)),
+                        End::Unknown if Instant::now() > deadline => return Ok((held, None)),
+                        End::Unknown => {}
+                    }
+                }
+            };
+            match read() {
+                Ok((held, settled)) => Ok((settled, held, buffer)),
                 Err(e) => {
                     BUFFER.set(buffer);
                     Err(e)
                 }
             }
         };
-        let answer = |reply: ReplyData, result: Result<(Held<usize>, Vec<u8>)>| match result {
-            Ok((held, buffer)) => {
+        let answer = |reply: ReplyData, result: Result<(Option<Settled>, Held<usize>, Vec<u8>)>| match result
+        {
+            Ok((settled, held, buffer)) => {
                 reply.data(&buffer[..held.value]);
                 BUFFER.set(buffer);
-                Some(held)
+                // In this order: with the glock held.
+                Some((settled, held))
             }
             Err(e) => {
                 reply.error(errno(&e));

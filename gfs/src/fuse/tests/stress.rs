@@ -307,12 +307,12 @@ fn records(s: &Shared, mount: usize, rng: &mut Rng) {
     }
 }
 
+/// What is acknowledged can be read at once, at the end of the file too, whatever other threads do with it on the same node meanwhile.
 fn append(s: &Shared, mount: usize, id: u64, rng: &mut Rng) {
     let path = s.paths[mount].join("append");
-    let Some(mut file) = s.step("open to append", || OpenOptions::new().append(true).open(&path)) else {
-        return;
-    };
-    let Some(read) = s.step("open", || File::open(&path)) else { return };
+    let open = |append, write| OpenOptions::new().read(true).append(append).write(write).open(&path);
+    let Some(mut file) = s.step("open to append", || open(true, false)) else { return };
+    let Some(mut read) = s.step("open", || open(false, false)) else { return };
     let mut sequence = 0_u64;
     while s.goes_on() {
         if rng.below(3) == 0 {
@@ -326,7 +326,25 @@ fn append(s: &Shared, mount: usize, id: u64, rng: &mut Rng) {
             }
             continue;
         }
+        if rng.below(200) == 0 {
+            let write = rng.below(4) == 0;
+            let Some(again) = s.step("open", || open(false, write)) else { return };
+            read = again;
+        }
         let least = s.appended.done.load(Ordering::SeqCst) * APPEND as u64;
+        if least > 0 && rng.below(2) == 0 {
+            let mut bytes = [0; 2 * APPEND];
+            let Some(n) = s.step("pread", || read.read_at(&mut bytes, least - APPEND as u64)) else {
+                continue;
+            };
+            if n < APPEND {
+                s.wrong(format!(
+                    "mount {mount}: {n} bytes read at {} of {least} and more",
+                    least - APPEND as u64
+                ));
+            }
+            continue;
+        }
         let by_path = rng.below(2) == 0;
         let size = s.step("stat", || if by_path { fs::metadata(&path) } else { read.metadata() });
         let Some(size) = size.map(|m| m.size()) else { continue };
@@ -343,13 +361,18 @@ fn check_appended(s: &Shared) {
     let done = s.appended.done.load(Ordering::SeqCst);
     for path in &s.paths {
         let Some(bytes) = s.step("read", || fs::read(path.join("append"))) else { continue };
-        let seen: BTreeSet<&[u8]> = bytes.chunks(APPEND).collect();
-        if bytes.len() as u64 != done * APPEND as u64 || seen.len() as u64 != done {
+        let mut seen = BTreeSet::new();
+        let lost: Vec<_> = bytes
+            .chunks(APPEND)
+            .enumerate()
+            .filter(|(_, record)| !seen.insert(*record))
+            .map(|(n, _)| n)
+            .collect();
+        if bytes.len() as u64 != done * APPEND as u64 || !lost.is_empty() {
+            let len = bytes.len();
             s.wrong(format!(
-                "{}: {} bytes, {} different of {done} appends",
-                path.display(),
-                bytes.len(),
-                seen.len()
+                "{}: {len} bytes for {done} appends; seen before, or nothing: records {lost:?}",
+                path.display()
             ));
         }
     }
@@ -358,18 +381,36 @@ fn check_appended(s: &Shared) {
 /// Under an outside lock, so that what each node sees is known exactly.
 fn truncate(s: &Shared, mount: usize, rng: &mut Rng) {
     let path = s.paths[mount].join("truncate");
-    let Some(file) = s.step("open", || OpenOptions::new().read(true).write(true).open(&path)) else { return };
+    let open = |write| OpenOptions::new().read(true).write(write).open(&path);
+    let Some(file) = s.step("open", || open(true)) else { return };
+    let Some(read_only) = s.step("open", || open(false)) else { return };
     while s.goes_on() {
         let mut want = s.truncated.lock();
-        let Some(size) = s.step("fstat", || file.metadata()).map(|m| m.size()) else { return };
-        if size != want.len() as u64 {
-            s.wrong(format!("mount {mount}: truncate file has {size} bytes, not {}", want.len()));
+        if rng.below(2) == 0 {
+            let Some(size) = s.step("fstat", || file.metadata()).map(|m| m.size()) else { return };
+            if size != want.len() as u64 {
+                s.wrong(format!("mount {mount}: truncate file has {size} bytes, not {}", want.len()));
+            }
         }
-        let mut bytes = vec![0; want.len() + 100];
-        let Some(n) = s.step("pread", || file.read_at(&mut bytes, 0)) else { return };
-        if bytes[..n] != want[..] {
-            let at = bytes[..n].iter().zip(&*want).position(|(a, b)| a != b);
-            s.wrong(format!("mount {mount}: truncate file differs at {at:?}, read {n} of {}", want.len()));
+        // From anywhere to behind the end, or in the middle of what once was there.
+        let at = rng.below(2) * rng.below(30_000);
+        let len = if rng.below(2) == 0 { want.len() + 100 } else { 1 + rng.below(8192) as usize };
+        let mut bytes = vec![0; len];
+        let from = if rng.below(2) == 0 { &file } else { &read_only };
+        let Some(n) = s.step("pread", || from.read_at(&mut bytes, at)) else { return };
+        let there = &want[want.len().min(at as usize)..];
+        let there = &there[..there.len().min(len)];
+        if bytes[..n] != *there {
+            let differs: Vec<_> = (0..n.min(there.len())).filter(|i| bytes[*i] != there[*i]).collect();
+            let found = differs.first().map(|i| (at + *i as u64, bytes[*i], there[*i]));
+            let last = differs.last().map(|i| at + *i as u64);
+            s.wrong(format!(
+                "mount {mount}: truncate file, {} bytes, read {len} at {at}: {n}, not {}; {} bytes differ, the first (offset, found, right) {found:?}, the last at {last:?}; read again: {}",
+                want.len(),
+                there.len(),
+                differs.len(),
+                if from.read_at(&mut bytes, at).is_ok_and(|n| bytes[..n] == *there) { "right" } else { "wrong" }
+            ));
             return;
         }
         if rng.below(2) == 0 {
@@ -385,6 +426,20 @@ fn truncate(s: &Shared, mount: usize, rng: &mut Rng) {
                 want.resize(end, 0);
                 want[at..at + bytes.len()].copy_from_slice(&bytes);
             }
+        }
+    }
+}
+
+/// Other users of the truncated file, whose answers the kernel takes in at any time.
+fn look_on(s: &Shared, mount: usize, rng: &mut Rng) {
+    let path = s.paths[mount].join("truncate");
+    let Some(file) = s.step("open", || File::open(&path)) else { return };
+    let mut bytes = vec![0; 8192];
+    while s.goes_on() {
+        match rng.below(3) {
+            0 => drop(s.step("stat", || fs::metadata(&path))),
+            1 => drop(s.step("fstat", || file.metadata())),
+            _ => drop(s.step("pread", || file.read_at(&mut bytes, rng.below(30_000)))),
         }
     }
 }
@@ -589,6 +644,7 @@ fn start(s: &Arc<Shared>, threads: usize) -> Vec<std::thread::JoinHandle<()>> {
             }
             if load.truncate && thread == 0 {
                 start(2, |s, mount, _, rng| truncate(s, mount, rng));
+                start(5, |s, mount, _, rng| look_on(s, mount, rng));
             }
             if load.names && thread == 0 {
                 start(3, |s, mount, _, rng| names(s, mount, rng));
@@ -736,6 +792,11 @@ fn missing_name_invalidation_is_noticed() {
 #[test]
 fn mapped_stores_without_exclusive_reads_are_noticed() {
     must_notice(Part::WriterTakesExclusive, "mapped buffered");
+}
+
+#[test]
+fn sizes_that_the_kernel_did_not_take_in_are_noticed() {
+    must_notice(Part::Sizes, "append truncate");
 }
 
 #[test]

@@ -1,0 +1,476 @@
+//! The size in the kernel's inode, made true before a reply on which it relies.
+//!
+//! A read through pages, a mapping and a seek to the end go by the size in the kernel's inode. The kernel asks for it (GETATTR), but throws the reply away
+//! when anything of the inode has changed since it asked: another thread's reply was taken in, a WRITE ended, pages were dropped. The read then goes by the size
+//! of some time before: it ends short where another node has made the file longer, and finds zeros behind the end where one has made it shorter
+//! (`fuse_change_attributes`, `fuse_read_update_size` of Linux 6.18). So before a GETATTR is answered, and a READ that meets the end of the file, the size
+//! in the kernel's inode is compared with the true one, which stays true while the request holds the glock:
+//!
+//! * `statx` with `AT_STATX_DONT_SYNC` tells it without a request. The inode is found by its file handle, which takes no lock that a request holds; but
+//!   the root directory must be open for it. What we ask ourselves for that is answered at once, and counts nowhere.
+//! * If the size differs, a thread of ours asks as any user would (`AT_STATX_FORCE_SYNC`), and is answered at once with what is already known here; as often as it takes. The thread
+//!   may then be held up by a page that is being read, perhaps by the very READ that waits; so it is the size that is waited for, not the thread.
+//! * Replies that are written and not yet taken in could undo it. A notification before makes the kernel throw these away too.
+//!
+//! A size that the kernel takes in makes it clear the pages behind, a moment later and without any lock: what another reply or WRITE has brought there meanwhile
+//! would be cleared too. So the glock is kept until our thread has come back, and no reply but ours changes the size in the kernel's inode: those to LOOKUP, SETATTR and LINK are
+//! written when it is right already.
+//!
+//! Most replies need none of this: [`Possible`] knows what the kernel's size may be. What remains open is told in docs/semantics.md.
+//!
+//! Source: fs/fuse/inode.c (`fuse_fh_to_dentry`, `FILEID_INO64_GEN`), open_by_handle_at(2), statx(2).
+
+use super::adapter::Core;
+use super::coherence::{Coherence, Part};
+use super::node::Node;
+use super::traffic::Errand;
+use crate::glock::{Class, Glock, as_request, is_nowait};
+use crate::ondisk::dinode::{S_IFMT, S_IFREG};
+use crate::ops::{Attr, Held};
+use crate::volume::inode_glock;
+use crate::workers::Workers;
+use crate::{Error, InodeNo, Result};
+use fuser::{Errno, FileAttr, INodeNo, ReplyAttr};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+/// Between two looks at the kernel's size. The thread that asks ends the wait earlier where no page holds it up.
+const LOOK: Duration = Duration::from_micros(200);
+/// For as long the glock is held for it. It takes microseconds, unless the kernel takes nothing in.
+const PATIENCE: Duration = Duration::from_millis(5);
+/// For as long a request is held up by it.
+pub(super) const LIMIT: Duration = Duration::from_secs(10);
+/// Threads that ask, for all inodes.
+const MAX_ASKING: usize = 1024;
+
+/// What the size in the kernel's inode may be once all replies are taken in or thrown away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Possible {
+    least: u64,
+    most: u64,
+}
+
+impl Default for Possible {
+    /// The kernel has no such inode.
+    fn default() -> Self {
+        Self { least: u64::MAX, most: 0 }
+    }
+}
+
+impl Possible {
+    /// There is nothing to be made true.
+    fn agrees(self, size: u64) -> bool {
+        self == Self::default() || self == Self::agreed(size)
+    }
+
+    /// Whether the kernel may take the file for longer.
+    pub(super) fn may_exceed(self, size: u64) -> bool {
+        self.most > size
+    }
+
+    /// A reply with attributes.
+    pub(super) fn told(&mut self, size: u64) {
+        self.least = self.least.min(size);
+        self.most = self.most.max(size);
+    }
+
+    /// A WRITE or an allocation that ends here: the kernel takes the file for at least as long.
+    pub(super) fn reaches(&mut self, end: u64) {
+        self.least = self.least.max(end);
+        self.most = self.most.max(end);
+    }
+
+    /// A READ that met the end of the file here: the kernel may take it for no longer.
+    pub(super) fn ends(&mut self, end: u64) {
+        self.least = self.least.min(end);
+    }
+
+    fn agreed(size: u64) -> Self {
+        Self { least: size, most: size }
+    }
+}
+
+/// Where the mount is for those who use it.
+struct Place {
+    dir: CString,
+    device: (u32, u32),
+}
+
+/// What one of our threads asks ourselves.
+#[derive(Clone)]
+enum Question {
+    /// What opening the root directory takes.
+    Root,
+    /// The attributes of an inode; none any more when nobody needs the answer, which may have become wrong.
+    Attributes(INodeNo, Arc<Mutex<Option<FileAttr>>>),
+}
+
+/// Our own questions to the kernel of one mount.
+pub(super) struct Sizes {
+    place: OnceLock<Place>,
+    /// By the thread that asks.
+    asking: Mutex<HashMap<u32, Question>>,
+    /// Entries of `asking`.
+    count: AtomicUsize,
+    threads: Workers,
+}
+
+impl Sizes {
+    pub(super) fn new() -> Self {
+        Self {
+            place: OnceLock::new(),
+            asking: Mutex::default(),
+            count: AtomicUsize::new(0),
+            threads: Workers::new("gfs-size", MAX_ASKING),
+        }
+    }
+
+    /// `dir`: absolute path of the mount, which is served already.
+    /// Errors: EPERM without `CAP_DAC_READ_SEARCH`, which file handles need; sizes are not compared then.
+    pub(super) fn connect(&self, dir: &Path) -> io::Result<()> {
+        let dir = CString::new(dir.as_os_str().as_bytes())?;
+        let root = self.ask(Question::Root, || open(&dir))?;
+        let device = look(&root, libc::AT_STATX_DONT_SYNC)?.1;
+        let place = Place { dir, device };
+        self.find(&place, INodeNo::ROOT, 0)?;
+        let _ = self.place.set(place);
+        Ok(())
+    }
+
+    /// `f` sends requests to ourselves.
+    fn ask<T>(&self, question: Question, f: impl FnOnce() -> T) -> T {
+        let thread = nix::unistd::gettid().as_raw().unsigned_abs();
+        self.asking.lock().insert(thread, question);
+        self.count.fetch_add(1, Ordering::SeqCst);
+        let value = f();
+        self.count.fetch_sub(1, Ordering::SeqCst);
+        self.asking.lock().remove(&thread);
+        value
+    }
+
+    fn asked_by(&self, thread: u32) -> Option<Question> {
+        if self.count.load(Ordering::SeqCst) == 0 {
+            return None;
+        }
+        self.asking.lock().get(&thread).cloned()
+    }
+
+    /// Whether an OPENDIR comes from ourselves.
+    pub(super) fn is_asking(&self, thread: u32) -> bool {
+        self.asked_by(thread).is_some()
+    }
+
+    /// The kernel's inode. Errors: ESTALE when it has none.
+    fn find(&self, place: &Place, node: INodeNo, generation: u64) -> io::Result<OwnedFd> {
+        const INO64_GEN: i32 = 0x81;
+        #[repr(C)]
+        struct Handle {
+            bytes: u32,
+            kind: i32,
+            node: [u32; 2],
+            generation: u32,
+        }
+        let root = self.ask(Question::Root, || open(&place.dir))?;
+        let mut handle = Handle {
+            bytes: 12,
+            kind: INO64_GEN,
+            node: [(node.0 >> 32) as u32, node.0 as u32],
+            generation: generation as u32,
+        };
+        // SAFETY: `Handle` is `struct file_handle` with the twelve bytes that it says follow.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_open_by_handle_at,
+                root.as_raw_fd(),
+                &raw mut handle,
+                libc::O_PATH | libc::O_CLOEXEC,
+            )
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a new descriptor that nobody else has.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    }
+}
+
+/// Opens a directory; for a moment, since a mount with open files cannot be unmounted. (While a request is served, its sender keeps the mount anyway.)
+fn open(dir: &CString) -> io::Result<OwnedFd> {
+    // SAFETY: a valid C string.
+    let fd = unsafe { libc::open(dir.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Size and device of an open file.
+fn look(file: &OwnedFd, sync: i32) -> io::Result<(u64, (u32, u32))> {
+    let mut about = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_EMPTY_PATH | sync;
+    // SAFETY: an empty C string, and a structure that the kernel fills in.
+    let result =
+        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_SIZE, about.as_mut_ptr()) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: all of it are numbers, zeroed before.
+    let about = unsafe { about.assume_init() };
+    Ok((about.stx_size, (about.stx_dev_major, about.stx_dev_minor)))
+}
+
+/// Nobody is told any more what was known here.
+struct Withdrawn(Arc<Mutex<Option<FileAttr>>>);
+
+impl Drop for Withdrawn {
+    fn drop(&mut self) {
+        *self.0.lock() = None;
+    }
+}
+
+impl Coherence {
+    /// A GETATTR that one of our own threads may have sent: such a one is answered here, at once, from what is known; others are handed back.
+    pub(super) fn answer_ourselves(&self, thread: u32, node: INodeNo, reply: ReplyAttr) -> Option<ReplyAttr> {
+        match self.sizes.asked_by(thread) {
+            // To open the directory the kernel wants to know who may. Whatever it takes in with this has no lifetime.
+            Some(Question::Root) if node == INodeNo::ROOT => {
+                let Some(root) = self.nodes.get(self.nodes.no(node.0)).last_told() else {
+                    return Some(reply);
+                };
+                reply.attr(&Duration::ZERO, &self.file_attr(&root, false));
+                None
+            }
+            Some(Question::Attributes(asked, attr)) if asked == node => {
+                let attr = attr.lock();
+                match &*attr {
+                    Some(attr) => reply.attr(&Duration::ZERO, attr),
+                    None => reply.error(Errno::EAGAIN),
+                }
+                None
+            }
+            _ => Some(reply),
+        }
+    }
+
+    fn agrees(&self, attr: &Attr) -> bool {
+        let is_file = attr.mode & S_IFMT == S_IFREG;
+        !self.is_clustered()
+            || !is_file
+            || !self.does(Part::Sizes)
+            || self.sizes.place.get().is_none()
+            || self.nodes.get(attr.ino).size.lock().agrees(attr.size)
+    }
+
+    /// Makes the size in the kernel's inode true, with the inode's glock held since `attr` was read; in EX, if READs of this node take EX.
+    /// None: the kernel takes nothing in, as long as a WRITE or SETATTR of this inode that changes its size waits for the glock.
+    fn settle(self: &Arc<Self>, glock: &Arc<Glock>, attr: &Attr) -> Option<Settled> {
+        let node = self.nodes.get(attr.ino);
+        let place = self.sizes.place.get()?;
+        self.stats.sizes.fetch_add(1, Ordering::Relaxed);
+        match self.make_true(place, attr) {
+            Ok((true, errand)) => {
+                glock.open_window();
+                Some(Settled { glock: Arc::clone(glock), node, size: attr.size, errand })
+            }
+            Ok((false, _)) => None,
+            Err(e) => {
+                // Forgotten by the kernel, or the mount is no longer where it was.
+                tracing::debug!(ino = attr.ino.addr.0, err = %e, "the kernel's size of a file is not known");
+                glock.open_window();
+                Some(Settled { glock: Arc::clone(glock), node, size: attr.size, errand: None })
+            }
+        }
+    }
+
+    fn make_true(self: &Arc<Self>, place: &Place, attr: &Attr) -> io::Result<(bool, Option<Arc<Errand>>)> {
+        let id = INodeNo(self.nodes.id(attr.ino));
+        let file = Arc::new(self.sizes.find(place, id, attr.ino.formal)?);
+        self.attributes_changed(attr.ino);
+        let started = Instant::now();
+        let told = Withdrawn(Arc::new(Mutex::new(Some(self.file_attr(attr, false)))));
+        let mut errand: Option<Arc<Errand>> = None;
+        while started.elapsed() < PATIENCE {
+            let (size, device) = look(&file, libc::AT_STATX_DONT_SYNC)?;
+            if device != place.device {
+                return Err(io::Error::other("another file system is mounted there"));
+            }
+            if size == attr.size {
+                return Ok((true, errand));
+            }
+            if errand.as_ref().is_none_or(|e| e.wait(LOOK)) {
+                errand = Some(self.send_to_ask(id, attr.size, &file, &told.0));
+            }
+        }
+        if let Some(errand) = errand {
+            errand.leave(|| ());
+        }
+        Ok((false, None))
+    }
+
+    fn send_to_ask(
+        self: &Arc<Self>,
+        id: INodeNo,
+        size: u64,
+        file: &Arc<OwnedFd>,
+        told: &Arc<Mutex<Option<FileAttr>>>,
+    ) -> Arc<Errand> {
+        let errand = Arc::new(Errand::default());
+        let (me, its) = (Arc::clone(self), Arc::clone(&errand));
+        let (file, told) = (Arc::clone(file), Arc::clone(told));
+        self.sizes.threads.run(move || {
+            let _ = me.sizes.ask(Question::Attributes(id, told), || look(&file, libc::AT_STATX_FORCE_SYNC));
+            drop(file);
+            // Whatever was cleared too late is read again.
+            its.done(|| me.drop_end(id.0, size));
+        });
+        errand
+    }
+}
+
+/// The kernel has the size; our thread may still be clearing what is behind it. READs, for which it may wait, are let in.
+pub(super) struct Settled {
+    glock: Arc<Glock>,
+    node: Arc<Node>,
+    size: u64,
+    errand: Option<Arc<Errand>>,
+}
+
+impl Drop for Settled {
+    /// Waits for the thread. With the glock still held.
+    fn drop(&mut self) {
+        let ended = self.errand.take().is_none_or(|e| e.wait(PATIENCE) || e.leave(|| ()));
+        self.glock.shut_window();
+        if ended {
+            *self.node.size.lock() = Possible::agreed(self.size);
+        }
+    }
+}
+
+impl Core {
+    /// Attributes of an inode, with which the kernel's size agrees.
+    pub(super) fn getattr(&self, ino: InodeNo) -> Result<Held<Attr>> {
+        let held = self.fs.getattr(ino)?;
+        if self.kernel.agrees(&held.value) {
+            return Ok(held);
+        }
+        drop(held);
+        if is_nowait() {
+            return Err(Error::WouldBlock);
+        }
+        let deadline = Instant::now() + LIMIT;
+        let (name, node) = (inode_glock(ino.addr), self.kernel.nodes.get(ino));
+        let glock = self.fs.volume().glocks().get(name);
+        let mut exclusive = false;
+        loop {
+            let held = as_request(name, Class::Ordinary, exclusive, || self.fs.getattr(ino))?;
+            let settled = if self.kernel.agrees(&held.value) {
+                true
+            } else if !exclusive && node.writers.load(Ordering::SeqCst) > 0 {
+                exclusive = true;
+                false
+            } else {
+                self.kernel.settle(&glock, &held.value).is_some()
+            };
+            if settled {
+                return Ok(held);
+            }
+            if Instant::now() > deadline {
+                tracing::error!(
+                    ino = ino.addr.0,
+                    size = held.value.size,
+                    "the kernel does not take in the size of a file"
+                );
+                return Ok(held);
+            }
+        }
+    }
+
+    /// A name, with whose file the kernel's size agrees.
+    pub(super) fn lookup_agreed(&self, dir: InodeNo, name: &[u8]) -> Result<Held<Option<Attr>>> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let found = self.fs.lookup(dir, name)?;
+            let Some(attr) = found.value.filter(|attr| !self.kernel.agrees(attr)) else { return Ok(found) };
+            if Instant::now() > deadline {
+                return Ok(found);
+            }
+            drop(found);
+            match self.getattr(attr.ino) {
+                Ok(_) | Err(Error::Errno(libc::ESTALE)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Before a change of attributes other than the size, whose reply the kernel takes in without a look at what has happened since it asked.
+    pub(super) fn agree_first(&self, ino: InodeNo) -> Result<()> {
+        if self.kernel.is_clustered() {
+            as_request(inode_glock(ino.addr), Class::Ordinary, true, || self.getattr(ino)).map(drop)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// A READ with the glock held has met the end of the file at `end`, or begins behind it. What is returned is to be kept until the reply is written,
+    /// with the glock. Errors: [`Error::WouldBlock`] on a thread that may not wait.
+    pub(super) fn end_met(&self, ino: InodeNo, end: u64) -> Result<End> {
+        if !self.kernel.is_clustered() {
+            return Ok(End::Known(None));
+        }
+        let (name, node) = (inode_glock(ino.addr), self.kernel.nodes.get(ino));
+        let mut settled = None;
+        if node.size.lock().may_exceed(end) {
+            let attr = as_request(name, Class::Pinned, false, || self.fs.getattr(ino))?.value;
+            if node.size.lock().may_exceed(attr.size) && !self.kernel.agrees(&attr) {
+                if is_nowait() {
+                    return Err(Error::WouldBlock);
+                }
+                settled = self.kernel.settle(&self.fs.volume().glocks().get(name), &attr);
+                if settled.is_none() {
+                    return Ok(End::Unknown);
+                }
+            }
+        }
+        node.size.lock().ends(end);
+        Ok(End::Known(settled))
+    }
+}
+
+/// See [`Core::end_met`].
+pub(super) enum End {
+    Known(Option<Settled>),
+    /// The READ has to give the glock back and to begin again.
+    Unknown,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_may_take_the_size_for() {
+        let mut p = Possible::default();
+        assert!(p.agrees(0) && p.agrees(7), "it has no inode");
+        p.told(100);
+        assert!(p.agrees(100) && !p.may_exceed(100));
+        p.reaches(50);
+        assert!(p.agrees(100), "inside");
+        p.reaches(120);
+        assert!(p.agrees(120), "the kernel makes it longer itself");
+        p.told(130);
+        assert!(!p.agrees(130), "that may be thrown away");
+        assert_eq!(p, Possible { least: 120, most: 130 });
+        p.ends(60);
+        assert!(!p.agrees(60) && p.may_exceed(60), "that too");
+        assert_eq!(p, Possible { least: 60, most: 130 });
+    }
+}
