@@ -271,10 +271,10 @@ impl Filesystem for Adapter {
         let Some(reply) = self.core.kernel.answer_ourselves(req.pid(), node, reply) else { return };
         #[cfg(test)]
         self.core.probe.asked.single.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let ino = self.ino(node);
+        let (ino, thread) = (self.ino(node), req.pid());
         self.serve(
             reply,
-            move |core| core.getattr(ino),
+            move |core| core.getattr(ino, thread),
             move |core, reply, result| match result {
                 Ok(held) => {
                     let ttl = core.kernel.attr_ttl(&core.kernel.nodes.get(ino), &held.value);
@@ -316,11 +316,14 @@ impl Filesystem for Adapter {
             // The kernel's own word on this (FATTR_KILL_SUIDGID) is not passed on; the superuser is who keeps the bits.
             kill_priv: size.is_some() && req.uid() != 0,
         };
+        let thread = req.pid();
         self.serve_attr(reply, move |core| {
             if size.is_none() {
-                core.agree_first(ino)?;
+                core.agree_first(ino, thread)?;
             }
-            core.fs.setattr(ino, &set)
+            let held = core.fs.setattr(ino, &set)?;
+            core.kernel.nodes.get(ino).size.lock().forget_writes();
+            Ok(held)
         });
     }
 
@@ -399,10 +402,10 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        let (ino, dir, name) = (self.ino(ino), self.ino(newparent), owned(newname));
+    fn link(&self, req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        let (ino, dir, name, thread) = (self.ino(ino), self.ino(newparent), owned(newname), req.pid());
         self.serve_new(reply, dir, move |core| {
-            core.agree_first(ino)?;
+            core.agree_first(ino, thread)?;
             core.fs.link(ino, dir, &name)
         });
     }
@@ -505,7 +508,7 @@ impl Filesystem for Adapter {
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -515,7 +518,16 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.serve_write(self.ino(ino), Handle::from(fh), offset, data, write_flags, flags.0, reply);
+        self.serve_write(
+            self.ino(ino),
+            Handle::from(fh),
+            offset,
+            data,
+            write_flags,
+            flags.0,
+            req.pid(),
+            reply,
+        );
     }
 
     fn flush(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
@@ -683,7 +695,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -698,14 +710,14 @@ impl Filesystem for Adapter {
             PUNCH => Fallocate::PunchHole,
             _ => return reply.error(Errno::EOPNOTSUPP),
         };
-        let ino = self.ino(ino);
+        let (ino, thread) = (self.ino(ino), req.pid());
         self.serve(
             reply,
             move |core| core.fs.fallocate(ino, how, offset, length),
             move |core, reply, result| match result {
                 Ok(held) => {
                     if how == Fallocate::Allocate {
-                        core.kernel.nodes.get(ino).size.lock().reaches(offset + length);
+                        core.kernel.nodes.get(ino).size.lock().reaches(offset + length, thread);
                     }
                     reply.ok();
                     drop(held);

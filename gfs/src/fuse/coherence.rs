@@ -76,6 +76,8 @@ pub struct CoherenceStats {
     pub attributes: AtomicU64,
     /// Replies before which the kernel's size of the file was looked at.
     pub sizes: AtomicU64,
+    /// Of these: went on although our thread was still clearing what is behind the end of the file.
+    pub sizes_left: AtomicU64,
     /// Write-back of a mapped page that found the node without EX: must stay 0.
     pub late_write_back: AtomicU64,
 }
@@ -299,14 +301,14 @@ impl Coherence {
     }
 
     /// The order of a WRITE against READs of the same pages, around `apply`. The caller has the inode's glock pinned in EX.
-    /// `direct`: the WRITE does not come from the kernel's pages. `misplaced`: with these pages the kernel did not put the data where they went.
+    /// `own`: the page that the WRITE may have locked: it ends with the first one that is not up to date. `misplaced`: with these pages the kernel did not put the data where they went.
     pub(super) fn ordered_write<T>(
         self: &Arc<Self>,
         glock: &Arc<Glock>,
         node: &Arc<Node>,
         ino: InodeNo,
         pages: Pages,
-        direct: bool,
+        own: Option<u64>,
         apply: impl FnOnce() -> Result<(T, bool)>,
     ) -> Result<T> {
         struct Opened<'a>(&'a Arc<Glock>, &'a Node, super::traffic::GateTicket);
@@ -319,44 +321,42 @@ impl Coherence {
         let gate = node.traffic.shut_gate(pages);
         glock.open_window();
         let _opened = Opened(glock, node, gate);
+        let mut is_locked = false;
         while node.traffic.settle(gate)? {
             self.stats.ordered_writes.fetch_add(1, Ordering::Relaxed);
-            if !self.drop_own_pages(node, ino, pages, gate, direct) {
-                break;
+            node.traffic.drop_begins(gate);
+            if let Some(own) = own.filter(|_| !is_locked) {
+                is_locked = !self.drop_own_page(node, ino, own);
             }
+            // In this order: what is read of these while the drop of its own page is waited for is dropped, too.
+            pages.without(own).for_each(|pages| self.drop_range(ino, pages));
         }
         let (value, misplaced) = apply()?;
         if misplaced {
-            self.drop_own_pages(node, ino, pages, gate, direct);
+            node.traffic.drop_begins(gate);
+            if let Some(own) = own {
+                self.drop_own_page(node, ino, own);
+            }
+            pages.without(own).for_each(|pages| self.drop_range(ino, pages));
         }
         Ok(value)
     }
 
-    /// False when the pass was left behind.
-    fn drop_own_pages(
-        self: &Arc<Self>,
-        node: &Arc<Node>,
-        ino: InodeNo,
-        pages: Pages,
-        gate: super::traffic::GateTicket,
-        direct: bool,
-    ) -> bool {
-        let id = self.nodes.id(ino);
+    pub(super) fn drop_range(&self, ino: InodeNo, pages: Pages) {
         let (offset, len) = pages.bytes();
-        node.traffic.drop_begins(gate);
-        if direct {
-            if let Some(notify) = self.notify.get() {
-                notify.pages(id, offset, len);
-            }
-            return true;
+        if let Some(notify) = self.notify.get() {
+            notify.pages(self.nodes.id(ino), offset, len);
         }
+    }
+
+    /// False when the drop was left behind, because the WRITE itself has the page locked.
+    fn drop_own_page(self: &Arc<Self>, node: &Arc<Node>, ino: InodeNo, page: u64) -> bool {
+        let page = Pages::page(page);
         let errand = Arc::new(Errand::default());
         let (me, of_node, its) = (Arc::clone(self), Arc::clone(node), Arc::clone(&errand));
         self.helpers.run(move || {
             its.begins();
-            if let Some(notify) = me.notify.get() {
-                notify.pages(id, offset, len);
-            }
+            me.drop_range(ino, page);
             its.done(|| of_node.traffic.left_drop_ended());
         });
         let (mut quiet, mut since) = (0, Instant::now());
@@ -365,7 +365,7 @@ impl Coherence {
             if errand.wait(TICK) {
                 return true;
             }
-            if !errand.has_begun() || !node.traffic.is_quiet(gate) {
+            if !errand.has_begun() || !node.traffic.is_quiet(page) {
                 (quiet, since) = (0, Instant::now());
             } else if asleep.elapsed() < 2 * TICK {
                 quiet += 1;
@@ -375,14 +375,6 @@ impl Coherence {
         }
         self.stats.own_page.fetch_add(1, Ordering::Relaxed);
         errand.leave(|| node.traffic.drop_left_behind())
-    }
-
-    /// The page in which the file ends, or ended.
-    pub(super) fn drop_end(&self, id: u64, size: u64) {
-        let (offset, len) = Pages::of(size, 1).bytes();
-        if let Some(notify) = self.notify.get() {
-            notify.pages(id, offset, len);
-        }
     }
 
     /// Attributes changed without the kernel's knowledge, under the glock; at once and from any thread.
@@ -423,6 +415,7 @@ impl Coherence {
             && (node.traffic.may_have_pages() || (writers && from == LockState::Exclusive));
         if to != LockState::Shared {
             node.demoted_at.store(self.now(), Ordering::Relaxed);
+            node.size.lock().forget_writes();
         }
         if (to == LockState::Unlocked || pages)
             && node.keeps_attributes.swap(false, Ordering::AcqRel)

@@ -4,7 +4,7 @@ use super::adapter::{Adapter, Core, errno};
 use super::coherence::Part;
 use super::node::Node;
 use super::range::Pages;
-use super::size::{self, End, Settled};
+use super::size::End;
 use crate::glock::{AcquireFlags, Class, LockState, as_request, is_nowait, nowait};
 use crate::lockspace::{PlockKind, PlockRequest};
 use crate::ops::{Held, WriteMode, Written};
@@ -14,7 +14,7 @@ use fuser::{Errno, FileHandle, ReplyData, ReplyEmpty, ReplyLock, ReplyWrite, Wri
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What is remembered of an open file: it is its number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -57,14 +57,32 @@ struct Write {
     mode: WriteMode,
     /// Comes from, and stays in, the kernel's pages.
     buffered: bool,
+    /// Who sends it.
+    thread: u32,
 }
 
 /// What a WRITE leaves to be noted once its reply is written.
 struct Done {
     held: Held<Written>,
-    /// For a buffered one: the count of page passes under which it was applied.
-    passes: Option<u64>,
+    /// For a buffered one.
+    decided: Option<Decided>,
 }
+
+/// A buffered WRITE from the decision whether to order it to its reply.
+struct Decided {
+    node: Arc<Node>,
+    /// Page passes under which it was applied.
+    passes: u64,
+}
+
+impl Drop for Decided {
+    fn drop(&mut self) {
+        self.node.traffic.write_ended();
+    }
+}
+
+/// For as long a READ makes way for a WRITE of this node that makes the file longer, and in turn waits for the page that the READ has locked.
+const MAX_AGAIN: Duration = Duration::from_millis(20);
 
 thread_local! {
     /// The last READ's buffer of this thread, so that not each READ clears a new one.
@@ -96,7 +114,7 @@ impl Core {
     fn write(&self, w: Write, data: &[u8]) -> Result<Done> {
         let write = || self.fs.write(w.ino, w.offset, data, w.mode);
         if !self.kernel.is_clustered() {
-            return Ok(Done { held: write()?, passes: None });
+            return Ok(Done { held: write()?, decided: None });
         }
         let name = inode_glock(w.ino.addr);
         let glocks = self.fs.volume().glocks();
@@ -106,7 +124,7 @@ impl Core {
                 self.kernel.stats.late_write_back.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(ino = w.ino.addr.0, offset = w.offset, state = ?glock.state(), "a mapped page was written back without EX");
             }
-            return Ok(Done { held: as_request(name, Class::WriteBack, false, write)?, passes: None });
+            return Ok(Done { held: as_request(name, Class::WriteBack, false, write)?, decided: None });
         }
         if w.buffered && w.mode.append && is_nowait() {
             return Err(Error::WouldBlock);
@@ -125,17 +143,23 @@ impl Core {
         })?;
         let node = self.kernel.nodes.get(w.ino);
         let pages = Pages::of(w.offset, data.len() as u64);
-        let (must_order, passes) = node.traffic.must_order(pages);
+        let (must_order, decided) = if w.buffered {
+            let (must_order, passes) = node.traffic.must_order(pages);
+            (must_order, Some(Decided { node: Arc::clone(&node), passes }))
+        } else {
+            (true, None)
+        };
         let apply = || as_request(name, Class::Pinned, false, write);
-        let ordered = self.kernel.does(Part::WriteOrder) && (!w.buffered || must_order || w.mode.append);
+        let ordered = self.kernel.does(Part::WriteOrder) && (must_order || w.mode.append);
         let mut held = if ordered {
+            let own = w.buffered.then_some(pages.last);
             let mut pages = pages;
             if w.mode.append {
                 let attr = as_request(name, Class::Pinned, false, || self.fs.getattr(w.ino))?;
                 let there = Pages::of(attr.value.size, data.len() as u64);
                 pages = Pages { first: pages.first.min(there.first), last: pages.last.max(there.last) };
             }
-            self.kernel.ordered_write(&glock, &node, w.ino, pages, !w.buffered, || {
+            self.kernel.ordered_write(&glock, &node, w.ino, pages, own, || {
                 let held = apply()?;
                 let misplaced = w.buffered && held.value.offset != w.offset;
                 Ok((held, misplaced))
@@ -144,7 +168,7 @@ impl Core {
             apply()?
         };
         held.holders.push(pin);
-        Ok(Done { held, passes: w.buffered.then_some(passes) })
+        Ok(Done { held, decided })
     }
 
     /// `written_back`: of a mapped page, whose arrival was noted there.
@@ -157,20 +181,20 @@ impl Core {
         result: Result<Done>,
     ) {
         match result {
-            Ok(Done { held, passes }) => {
+            Ok(Done { held, decided }) => {
                 if w.mode.mapped || w.mode.kill_priv || held.value.offset != w.offset {
                     self.kernel.attributes_changed(w.ino);
                 }
                 // What lies behind the end of the file in a mapped page is written by being dropped.
                 let done = if w.mode.mapped { len } else { held.value.len };
-                if let Some(passes) = passes {
+                if let Some(Decided { node, passes }) = &decided {
                     // Before the reply: from then on the kernel may send the next one.
-                    let node = self.kernel.nodes.get(w.ino);
-                    node.traffic.wrote_through_cache(Pages::of(w.offset, len as u64), passes);
+                    node.traffic.wrote_through_cache(Pages::of(w.offset, len as u64), *passes);
                 }
                 if self.kernel.is_clustered() && !w.mode.mapped {
-                    self.kernel.nodes.get(w.ino).size.lock().reaches(w.offset + done as u64);
+                    self.kernel.nodes.get(w.ino).size.lock().reaches(w.offset + done as u64, w.thread);
                 }
+                drop(decided);
                 reply.written(done as u32);
                 drop(held);
             }
@@ -205,34 +229,30 @@ impl Adapter {
                 buffer.resize(size as usize, 0);
             }
             let mut read = || {
-                let deadline = Instant::now() + size::LIMIT;
-                loop {
-                    let held = core.fs.read(ino, offset, &mut buffer[..size as usize], direct)?;
-                    if held.value == size as usize {
-                        return Ok((held, None));
-                    }
-                    match core.end_met(ino, offset + held.value as u64)? {
-                        End::Known(settled) => return Ok((held, settled)),
-                        End::Unknown if Instant::now() > deadline => return Ok((held, None)),
-                        End::Unknown => {}
-                    }
-                }
+                let held = core.fs.read(ino, offset, &mut buffer[..size as usize], direct)?;
+                let short = held.value < size as usize;
+                let end = if short {
+                    core.end_met(ino, offset + held.value as u64, Pages::of(offset, size.into()))?
+                } else {
+                    End::Right
+                };
+                Ok((end, held))
             };
             match read() {
-                Ok((held, settled)) => Ok((settled, held, buffer)),
+                Ok((end, held)) => Ok((end, held, buffer)),
                 Err(e) => {
                     BUFFER.set(buffer);
                     Err(e)
                 }
             }
         };
-        let answer = |reply: ReplyData, result: Result<(Option<Settled>, Held<usize>, Vec<u8>)>| match result
-        {
-            Ok((settled, held, buffer)) => {
+        let again = |(end, ..): &(End, Held<usize>, Vec<u8>)| matches!(end, End::Wrong);
+        let answer = |reply: ReplyData, result: Result<(End, Held<usize>, Vec<u8>)>| match result {
+            Ok((end, held, buffer)) => {
                 reply.data(&buffer[..held.value]);
                 BUFFER.set(buffer);
                 // In this order: with the glock held.
-                Some((settled, held))
+                Some((end, held))
             }
             Err(e) => {
                 reply.error(errno(&e));
@@ -241,7 +261,7 @@ impl Adapter {
         };
         let certain = !handle.direct && !direct;
         let fills = certain || Pages::are_whole(offset, size.into());
-        self.serve_pages(ino, Pages::of(offset, size.into()), certain, fills, reply, read, answer);
+        self.serve_pages(ino, Pages::of(offset, size.into()), certain, fills, reply, read, again, answer);
     }
 
     /// The kernel keeps the target of a symbolic link in the first page, and has that locked while it waits: as with READ.
@@ -257,12 +277,12 @@ impl Adapter {
                 None
             }
         };
-        self.serve_pages(ino, Pages { first: 0, last: 0 }, true, true, reply, read, answer);
+        self.serve_pages(ino, Pages { first: 0, last: 0 }, true, true, reply, read, |_| false, answer);
     }
 
     /// A request whose reply fills `pages` of the kernel's cache (surely when `certain`, perhaps when it `fills` whole ones).
     /// A page pass must neither wait for one that waits, nor miss one that has been
-    /// answered. `answer` writes the reply, and returns the holders if there was data.
+    /// answered. `again`: it has to give the glock back and to begin anew. `answer` writes the reply, and returns the holders if there was data.
     fn serve_pages<T: 'static, H: 'static>(
         &self,
         ino: InodeNo,
@@ -271,6 +291,7 @@ impl Adapter {
         fills: bool,
         reply: ReplyData,
         read: impl Fn(&Core) -> Result<T> + Send + 'static,
+        again: impl Fn(&T) -> bool + Send + 'static,
         answer: impl FnOnce(ReplyData, Result<T>) -> Option<H> + Send + 'static,
     ) {
         if !self.core.kernel.is_clustered() {
@@ -288,9 +309,15 @@ impl Adapter {
                     core.kernel.does(Part::WriterTakesExclusive) && node.writers.load(Ordering::SeqCst) > 0
                 };
                 let mut exclusive = writers();
+                let deadline = Instant::now() + MAX_AGAIN;
                 loop {
                     let result = as_request(name, Class::Page, exclusive, || read(core));
                     match result {
+                        Ok(value) if again(&value) && Instant::now() < deadline => {
+                            drop(value);
+                            node.traffic.read_waits(ticket);
+                            node.traffic.read_starts(ticket)?;
+                        }
                         // A writer that was counted before we had the glock may map the page before the glock goes.
                         Ok(_) if !exclusive && writers() => exclusive = true,
                         Err(Error::WouldBlock) => {
@@ -318,6 +345,7 @@ impl Adapter {
         data: &[u8],
         write_flags: WriteFlags,
         flags: i32,
+        thread: u32,
         reply: ReplyWrite,
     ) {
         let mapped = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
@@ -335,6 +363,7 @@ impl Adapter {
                 mapped,
             },
             buffered: through_pages && !direct,
+            thread,
         };
         let written_back = (mapped && self.core.kernel.is_clustered()).then(|| {
             let node = self.core.kernel.nodes.get(ino);

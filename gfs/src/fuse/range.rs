@@ -19,6 +19,19 @@ impl Pages {
         Self { first: offset / PAGE, last: last / PAGE }
     }
 
+    pub(super) fn page(number: u64) -> Self {
+        Self { first: number, last: number }
+    }
+
+    /// What is left without one page.
+    pub(super) fn without(self, page: Option<u64>) -> impl Iterator<Item = Self> {
+        let page = page.filter(|page| (self.first..=self.last).contains(page));
+        let before = page.and_then(|p| p.checked_sub(1)).map(|last| Self { last, ..self });
+        let after = page.and_then(|p| p.checked_add(1)).map(|first| Self { first, ..self });
+        let whole = page.is_none().then_some(self);
+        [whole, before, after].into_iter().flatten().filter(|pages| pages.first <= pages.last)
+    }
+
     pub(super) fn overlaps(self, other: Self) -> bool {
         self.first <= other.last && other.first <= self.last
     }
@@ -103,6 +116,20 @@ impl RangeSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_without_one() {
+        let left = |first, last, page| {
+            Pages { first, last }.without(page).map(|p| (p.first, p.last)).collect::<Vec<_>>()
+        };
+        assert_eq!(left(3, 9, None), [(3, 9)]);
+        assert_eq!(left(3, 9, Some(2)), [(3, 9)]);
+        assert_eq!(left(3, 9, Some(5)), [(3, 4), (6, 9)]);
+        assert_eq!(left(3, 9, Some(3)), [(4, 9)]);
+        assert_eq!(left(0, 9, Some(0)), [(1, 9)]);
+        assert_eq!(left(3, 9, Some(9)), [(3, 8)]);
+        assert_eq!(left(3, 3, Some(3)), []);
+    }
 
     fn set(ranges: &[(u64, u64)]) -> RangeSet {
         let mut set = RangeSet::default();

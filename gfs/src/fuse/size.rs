@@ -23,6 +23,7 @@
 use super::adapter::Core;
 use super::coherence::{Coherence, Part};
 use super::node::Node;
+use super::range::Pages;
 use super::traffic::Errand;
 use crate::glock::{Class, Glock, as_request, is_nowait};
 use crate::ondisk::dinode::{S_IFMT, S_IFREG};
@@ -52,27 +53,36 @@ pub(super) const LIMIT: Duration = Duration::from_secs(10);
 const MAX_ASKING: usize = 1024;
 
 /// What the size in the kernel's inode may be once all replies are taken in or thrown away.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(PartialEq, Eq, Debug)]
 pub(super) struct Possible {
     least: u64,
     most: u64,
+    /// WRITEs that have been answered: by whom, and to where the kernel will make the file longer itself. When the thread asks for
+    /// something else it has done so.
+    written: Vec<(u32, u64)>,
 }
 
 impl Default for Possible {
     /// The kernel has no such inode.
     fn default() -> Self {
-        Self { least: u64::MAX, most: 0 }
+        Self { least: u64::MAX, most: 0, written: Vec::new() }
     }
 }
 
+/// Threads whose last WRITE is remembered; of others the kernel's size is looked at.
+const MAX_WRITERS: usize = 16;
+
 impl Possible {
-    /// There is nothing to be made true.
-    fn agrees(self, size: u64) -> bool {
-        self == Self::default() || self == Self::agreed(size)
+    /// There is nothing to be made true, for a request of `thread`.
+    fn agrees(&mut self, size: u64, thread: u32) -> bool {
+        if let Some(at) = self.written.iter().position(|(by, _)| *by == thread) {
+            self.least = self.least.max(self.written.swap_remove(at).1);
+        }
+        self.least > self.most || (self.least == size && self.most == size)
     }
 
     /// Whether the kernel may take the file for longer.
-    pub(super) fn may_exceed(self, size: u64) -> bool {
+    fn may_exceed(&self, size: u64) -> bool {
         self.most > size
     }
 
@@ -82,19 +92,31 @@ impl Possible {
         self.most = self.most.max(size);
     }
 
-    /// A WRITE or an allocation that ends here: the kernel takes the file for at least as long.
-    pub(super) fn reaches(&mut self, end: u64) {
-        self.least = self.least.max(end);
+    /// A reply to a WRITE or an allocation that ends here is about to be written: the kernel takes the file for at least as long then.
+    pub(super) fn reaches(&mut self, end: u64, thread: u32) {
+        if end <= self.least {
+            return;
+        }
         self.most = self.most.max(end);
+        if let Some((_, before)) = self.written.iter_mut().find(|(by, _)| *by == thread) {
+            *before = end.max(*before);
+        } else if self.written.len() < MAX_WRITERS {
+            self.written.push((thread, end));
+        }
     }
 
     /// A READ that met the end of the file here: the kernel may take it for no longer.
-    pub(super) fn ends(&mut self, end: u64) {
+    fn ends(&mut self, end: u64) {
         self.least = self.least.min(end);
     }
 
+    /// The file may get shorter from here on.
+    pub(super) fn forget_writes(&mut self) {
+        self.written.clear();
+    }
+
     fn agreed(size: u64) -> Self {
-        Self { least: size, most: size }
+        Self { least: size, most: size, written: Vec::new() }
     }
 }
 
@@ -261,105 +283,131 @@ impl Coherence {
         }
     }
 
-    fn agrees(&self, attr: &Attr) -> bool {
+    fn agrees(&self, attr: &Attr, thread: u32) -> bool {
         let is_file = attr.mode & S_IFMT == S_IFREG;
         !self.is_clustered()
             || !is_file
             || !self.does(Part::Sizes)
             || self.sizes.place.get().is_none()
-            || self.nodes.get(attr.ino).size.lock().agrees(attr.size)
+            || self.nodes.get(attr.ino).size.lock().agrees(attr.size, thread)
     }
 
     /// Makes the size in the kernel's inode true, with the inode's glock held since `attr` was read; in EX, if READs of this node take EX.
-    /// None: the kernel takes nothing in, as long as a WRITE or SETATTR of this inode that changes its size waits for the glock.
-    fn settle(self: &Arc<Self>, glock: &Arc<Glock>, attr: &Attr) -> Option<Settled> {
+    /// `locked`: pages that the request itself has locked.
+    /// None: the glock has to be given back first. The kernel takes nothing in, as long as a WRITE or SETATTR of this inode that changes its size waits for
+    /// it; and what a buffered WRITE has put into pages must not be cleared before it is applied.
+    fn settle(self: &Arc<Self>, glock: &Arc<Glock>, attr: &Attr, locked: Option<Pages>) -> Option<Settled> {
         let node = self.nodes.get(attr.ino);
         let place = self.sizes.place.get()?;
         self.stats.sizes.fetch_add(1, Ordering::Relaxed);
-        match self.make_true(place, attr) {
-            Ok((true, errand)) => {
-                glock.open_window();
-                Some(Settled { glock: Arc::clone(glock), node, size: attr.size, errand })
-            }
-            Ok((false, _)) => None,
+        glock.open_window();
+        let mut settled = Settled {
+            kernel: Arc::clone(self),
+            glock: Arc::clone(glock),
+            node,
+            attr: *attr,
+            is_true: false,
+            errand: None,
+        };
+        match self.make_true(place, &mut settled, locked) {
+            Ok(true) => Some(settled),
+            Ok(false) => None,
             Err(e) => {
                 // Forgotten by the kernel, or the mount is no longer where it was.
                 tracing::debug!(ino = attr.ino.addr.0, err = %e, "the kernel's size of a file is not known");
-                glock.open_window();
-                Some(Settled { glock: Arc::clone(glock), node, size: attr.size, errand: None })
+                Some(settled)
             }
         }
     }
 
-    fn make_true(self: &Arc<Self>, place: &Place, attr: &Attr) -> io::Result<(bool, Option<Arc<Errand>>)> {
+    fn make_true(
+        self: &Arc<Self>,
+        place: &Place,
+        settled: &mut Settled,
+        locked: Option<Pages>,
+    ) -> io::Result<bool> {
+        let attr = settled.attr;
         let id = INodeNo(self.nodes.id(attr.ino));
         let file = Arc::new(self.sizes.find(place, id, attr.ino.formal)?);
         self.attributes_changed(attr.ino);
         let started = Instant::now();
-        let told = Withdrawn(Arc::new(Mutex::new(Some(self.file_attr(attr, false)))));
-        let mut errand: Option<Arc<Errand>> = None;
+        let told = Withdrawn(Arc::new(Mutex::new(Some(self.file_attr(&attr, false)))));
         while started.elapsed() < PATIENCE {
             let (size, device) = look(&file, libc::AT_STATX_DONT_SYNC)?;
             if device != place.device {
                 return Err(io::Error::other("another file system is mounted there"));
             }
             if size == attr.size {
-                return Ok((true, errand));
+                settled.is_true = true;
+                return Ok(true);
             }
-            if errand.as_ref().is_none_or(|e| e.wait(LOOK)) {
-                errand = Some(self.send_to_ask(id, attr.size, &file, &told.0));
+            if settled.errand.as_ref().is_none_or(|e| e.wait(LOOK)) {
+                settled.errand = None;
+                if !settled.node.traffic.errand_begins() {
+                    return Ok(false);
+                }
+                settled.errand = Some(self.send_to_ask(settled, id, &file, &told.0, locked));
             }
         }
-        if let Some(errand) = errand {
-            errand.leave(|| ());
-        }
-        Ok((false, None))
+        Ok(false)
     }
 
     fn send_to_ask(
         self: &Arc<Self>,
+        settled: &Settled,
         id: INodeNo,
-        size: u64,
         file: &Arc<OwnedFd>,
         told: &Arc<Mutex<Option<FileAttr>>>,
+        locked: Option<Pages>,
     ) -> Arc<Errand> {
         let errand = Arc::new(Errand::default());
-        let (me, its) = (Arc::clone(self), Arc::clone(&errand));
+        let (me, its, node) = (Arc::clone(self), Arc::clone(&errand), Arc::clone(&settled.node));
         let (file, told) = (Arc::clone(file), Arc::clone(told));
+        let (ino, end) = (settled.attr.ino, Pages::of(settled.attr.size, 1));
         self.sizes.threads.run(move || {
+            // Who has this page locked would have its thread wait in the middle: better before, when it is not too late to be withdrawn.
+            if !locked.is_some_and(|pages| pages.overlaps(end)) {
+                me.drop_range(ino, end);
+            }
             let _ = me.sizes.ask(Question::Attributes(id, told), || look(&file, libc::AT_STATX_FORCE_SYNC));
             drop(file);
             // Whatever was cleared too late is read again.
-            its.done(|| me.drop_end(id.0, size));
+            its.done(|| me.drop_range(ino, end));
+            node.traffic.left_drop_ended();
         });
         errand
     }
 }
 
-/// The kernel has the size; our thread may still be clearing what is behind it. READs, for which it may wait, are let in.
+/// Our thread may still be clearing what is behind the size that the kernel has taken in. READs, for which it may wait, are let in.
 pub(super) struct Settled {
+    kernel: Arc<Coherence>,
     glock: Arc<Glock>,
     node: Arc<Node>,
-    size: u64,
+    attr: Attr,
+    is_true: bool,
     errand: Option<Arc<Errand>>,
 }
 
 impl Drop for Settled {
     /// Waits for the thread. With the glock still held.
     fn drop(&mut self) {
-        let ended = self.errand.take().is_none_or(|e| e.wait(PATIENCE) || e.leave(|| ()));
+        let patience = if self.is_true { PATIENCE } else { Duration::ZERO };
+        let ended = self.errand.take().is_none_or(|e| e.wait(patience) || e.leave(|| ()));
         self.glock.shut_window();
-        if ended {
-            *self.node.size.lock() = Possible::agreed(self.size);
+        if self.is_true && !ended {
+            self.kernel.stats.sizes_left.fetch_add(1, Ordering::Relaxed);
+        } else if self.is_true {
+            *self.node.size.lock() = Possible::agreed(self.attr.size);
         }
     }
 }
 
 impl Core {
     /// Attributes of an inode, with which the kernel's size agrees.
-    pub(super) fn getattr(&self, ino: InodeNo) -> Result<Held<Attr>> {
+    pub(super) fn getattr(&self, ino: InodeNo, thread: u32) -> Result<Held<Attr>> {
         let held = self.fs.getattr(ino)?;
-        if self.kernel.agrees(&held.value) {
+        if self.kernel.agrees(&held.value, thread) {
             return Ok(held);
         }
         drop(held);
@@ -372,39 +420,39 @@ impl Core {
         let mut exclusive = false;
         loop {
             let held = as_request(name, Class::Ordinary, exclusive, || self.fs.getattr(ino))?;
-            let settled = if self.kernel.agrees(&held.value) {
+            let settled = if self.kernel.agrees(&held.value, thread) {
                 true
             } else if !exclusive && node.writers.load(Ordering::SeqCst) > 0 {
                 exclusive = true;
                 false
             } else {
-                self.kernel.settle(&glock, &held.value).is_some()
+                self.kernel.settle(&glock, &held.value, None).is_some()
             };
             if settled {
                 return Ok(held);
             }
+            drop(held);
+            node.traffic.wait_unwritten(PATIENCE);
             if Instant::now() > deadline {
-                tracing::error!(
-                    ino = ino.addr.0,
-                    size = held.value.size,
-                    "the kernel does not take in the size of a file"
-                );
-                return Ok(held);
+                tracing::error!(ino = ino.addr.0, "the kernel does not take in the size of a file");
+                return self.fs.getattr(ino);
             }
         }
     }
 
     /// A name, with whose file the kernel's size agrees.
-    pub(super) fn lookup_agreed(&self, dir: InodeNo, name: &[u8]) -> Result<Held<Option<Attr>>> {
+    pub(super) fn lookup_agreed(&self, dir: InodeNo, name: &[u8], thread: u32) -> Result<Held<Option<Attr>>> {
         let deadline = Instant::now() + LIMIT;
         loop {
             let found = self.fs.lookup(dir, name)?;
-            let Some(attr) = found.value.filter(|attr| !self.kernel.agrees(attr)) else { return Ok(found) };
+            let Some(attr) = found.value.filter(|attr| !self.kernel.agrees(attr, thread)) else {
+                return Ok(found);
+            };
             if Instant::now() > deadline {
                 return Ok(found);
             }
             drop(found);
-            match self.getattr(attr.ino) {
+            match self.getattr(attr.ino, thread) {
                 Ok(_) | Err(Error::Errno(libc::ESTALE)) => {}
                 Err(e) => return Err(e),
             }
@@ -412,65 +460,87 @@ impl Core {
     }
 
     /// Before a change of attributes other than the size, whose reply the kernel takes in without a look at what has happened since it asked.
-    pub(super) fn agree_first(&self, ino: InodeNo) -> Result<()> {
+    pub(super) fn agree_first(&self, ino: InodeNo, thread: u32) -> Result<()> {
         if self.kernel.is_clustered() {
-            as_request(inode_glock(ino.addr), Class::Ordinary, true, || self.getattr(ino)).map(drop)
+            as_request(inode_glock(ino.addr), Class::Ordinary, true, || self.getattr(ino, thread)).map(drop)
         } else {
             Ok(())
         }
     }
 
-    /// A READ with the glock held has met the end of the file at `end`, or begins behind it. What is returned is to be kept until the reply is written,
-    /// with the glock. Errors: [`Error::WouldBlock`] on a thread that may not wait.
-    pub(super) fn end_met(&self, ino: InodeNo, end: u64) -> Result<End> {
+    /// A READ with the glock held has met the end of the file at `end`, or begins behind it.
+    /// Errors: [`Error::WouldBlock`] on a thread that may not wait.
+    pub(super) fn end_met(&self, ino: InodeNo, end: u64, pages: Pages) -> Result<End> {
         if !self.kernel.is_clustered() {
-            return Ok(End::Known(None));
+            return Ok(End::Right);
         }
         let (name, node) = (inode_glock(ino.addr), self.kernel.nodes.get(ino));
-        let mut settled = None;
-        if node.size.lock().may_exceed(end) {
+        let may_exceed = |size| node.size.lock().may_exceed(size);
+        let mut result = End::Right;
+        if may_exceed(end) {
             let attr = as_request(name, Class::Pinned, false, || self.fs.getattr(ino))?.value;
-            if node.size.lock().may_exceed(attr.size) && !self.kernel.agrees(&attr) {
+            if may_exceed(attr.size) && !self.kernel.agrees(&attr, NOBODY) {
                 if is_nowait() {
                     return Err(Error::WouldBlock);
                 }
-                settled = self.kernel.settle(&self.fs.volume().glocks().get(name), &attr);
-                if settled.is_none() {
-                    return Ok(End::Unknown);
-                }
+                let glock = self.fs.volume().glocks().get(name);
+                result = self.kernel.settle(&glock, &attr, Some(pages)).map_or(End::Wrong, End::Settled);
             }
         }
         node.size.lock().ends(end);
-        Ok(End::Known(settled))
+        Ok(result)
     }
 }
 
-/// See [`Core::end_met`].
+/// No thread has this number.
+const NOBODY: u32 = u32::MAX;
+
+/// What the kernel takes for the end of a file that a READ has met.
 pub(super) enum End {
-    Known(Option<Settled>),
-    /// The READ has to give the glock back and to begin again.
-    Unknown,
+    Right,
+    /// To be kept until the reply is written, with the glock.
+    Settled(#[expect(dead_code, reason = "it is dropped in time")] Settled),
+    /// As [`Coherence::settle`]'s None.
+    Wrong,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const ME: u32 = 5;
+
+    fn possible(least: u64, most: u64) -> Possible {
+        Possible { least, most, written: Vec::new() }
+    }
+
     #[test]
     fn what_the_kernel_may_take_the_size_for() {
         let mut p = Possible::default();
-        assert!(p.agrees(0) && p.agrees(7), "it has no inode");
+        assert!(p.agrees(0, ME) && p.agrees(7, ME), "it has no inode");
         p.told(100);
-        assert!(p.agrees(100) && !p.may_exceed(100));
-        p.reaches(50);
-        assert!(p.agrees(100), "inside");
-        p.reaches(120);
-        assert!(p.agrees(120), "the kernel makes it longer itself");
+        assert!(p.agrees(100, ME) && !p.may_exceed(100));
+        p.reaches(50, ME);
+        assert!(p.agrees(100, ME), "inside");
+        p.reaches(120, ME);
+        assert!(!p.agrees(120, ME + 1), "the kernel may not have made it longer yet");
+        assert!(p.agrees(120, ME), "it has, since the thread goes on");
+        assert!(p.agrees(120, ME + 1));
         p.told(130);
-        assert!(!p.agrees(130), "that may be thrown away");
-        assert_eq!(p, Possible { least: 120, most: 130 });
+        assert!(!p.agrees(130, ME), "that may be thrown away");
+        assert_eq!(p, possible(120, 130));
         p.ends(60);
-        assert!(!p.agrees(60) && p.may_exceed(60), "that too");
-        assert_eq!(p, Possible { least: 60, most: 130 });
+        assert!(!p.agrees(60, ME) && p.may_exceed(60), "that too");
+        assert_eq!(p, possible(60, 130));
+    }
+
+    #[test]
+    fn a_write_counts_no_more_when_the_file_may_have_become_shorter() {
+        let mut p = possible(100, 100);
+        p.reaches(200, ME);
+        p.forget_writes();
+        p.told(10);
+        assert!(!p.agrees(200, ME));
+        assert_eq!(p, possible(10, 200));
     }
 }
