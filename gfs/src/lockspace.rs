@@ -42,6 +42,11 @@ impl GlockName {
         name.copy_from_slice(&text.as_bytes()[..24]);
         name
     }
+
+    /// Protects nothing that a replay could change: what a dead node held is free once it is fenced.
+    pub const fn is_released_at_fence(self) -> bool {
+        matches!(self.ty, GlockType::NonDisk | GlockType::Flock | GlockType::Journal)
+    }
 }
 
 impl fmt::Display for GlockName {

@@ -12,7 +12,7 @@
 //!
 //! Sync round: at each group view, and when quorum comes back, every member multicasts [`Msg::Hello`]. At the delivery of the last one (the cut),
 //! if all are quorate, the lowest member that has records multicasts them; members without buffer what is delivered after the cut and
-//! apply it on top. If nobody has records they are made anew, when no lost node is left to fence, from what the Hellos say is running, from the
+//! apply it on top. If nobody has records they are made anew, when the fence domain has nobody left to fence, from what the Hellos say is running, from the
 //! newest records put aside (what an administrator has disabled or frozen, what has failed), and from the configuration.
 //! Records exist only while their holder is quorate, so two different sets of them can never meet.
 //!
@@ -54,7 +54,7 @@ struct Hello {
     has_records: bool,
     kept: Option<u64>,
     running: Vec<(String, bool)>,
-    unfenced: Vec<Proc>,
+    is_clear: bool,
 }
 
 /// What the agents of a service did last on this node.
@@ -124,8 +124,9 @@ pub struct Core {
     claimed: BTreeMap<String, u64>,
     /// Status checks: next due, and whether one is running.
     checks: BTreeMap<String, (Boottime, bool)>,
-    /// Lost nodes that are not proven dead. With records they hold their services by name; without, they may hold any.
-    unfenced: BTreeSet<Proc>,
+    /// In this view the fence domain had nobody left to fence. With records the lost hold their services by name; without, whoever is not proved
+    /// dead may run any, also one of whom no member has ever heard.
+    is_clear: bool,
     is_shutting_down: bool,
     /// A node joined since services were last compared with their best node.
     has_joiner: bool,
@@ -133,8 +134,7 @@ pub struct Core {
 }
 
 impl Core {
-    /// `unfenced`: victims that the fence domain has not finished with when this node joins.
-    pub fn new(me: Proc, config: RmConfig, unfenced: BTreeSet<Proc>) -> Self {
+    pub fn new(me: Proc, config: RmConfig) -> Self {
         Self {
             me,
             config,
@@ -154,15 +154,19 @@ impl Core {
             waiters: Vec::new(),
             claimed: BTreeMap::new(),
             checks: BTreeMap::new(),
-            unfenced,
+            is_clear: false,
             is_shutting_down: false,
             wall: 0,
         }
     }
 
-    /// Services are not initialized for want of fences.
+    /// Services are not initialized before [`Event::NoVictims`].
     pub fn awaits_fences(&self) -> bool {
-        self.records.is_none() && self.is_quorate && !self.unfenced.is_empty()
+        self.records.is_none()
+            && self.is_quorate
+            && !self.is_clear
+            && self.members.contains(&self.me)
+            && matches!(self.sync, Sync::Hellos { .. })
     }
 
     pub fn records(&self) -> Option<&Records> {
@@ -220,6 +224,7 @@ impl Core {
             }
             return;
         }
+        self.is_clear = false;
         log(out, Level::Emerg, "#1: Quorum Dissolved");
         if self.config.quorum_grace.is_zero() {
             self.emergency_stop(out);

@@ -98,14 +98,13 @@ pub fn run(config: DriverConfig, stop: &Receiver<()>) -> Result<(), DriverError>
         let t = &status.timing;
         rm.quorum_grace = Duration::from_millis(t.master_after_death + 2 * t.base.cycle);
     }
-    let unfenced = status.fence.victims.iter().map(|v| v.proc).filter(|p| p.node != me.node).collect();
     let (requests_tx, requests) = unbounded();
     let socket = serve(&config.run_dir, requests_tx)?;
     client.join_group(GROUP, &[])?;
 
     let (finished_tx, finished) = unbounded();
     let mut driver = Driver {
-        core: Core::new(me, rm, unfenced),
+        core: Core::new(me, rm),
         client,
         me,
         agents: config.agents,
@@ -149,7 +148,10 @@ impl Driver {
                         self.feed(Event::Over);
                         return Err(DriverError::Disconnected(why));
                     }
-                    Ok(event) => self.on_cluster(event),
+                    Ok(event) => {
+                        self.on_cluster(event);
+                        self.look_for_victims();
+                    }
                     Err(_) => return Err(DriverError::Disconnected("event stream ended".into())),
                 },
                 recv(finished) -> f => if let Ok(f) = f {
@@ -172,7 +174,7 @@ impl Driver {
     /// The reply comes behind every event that the daemon had sent before it: with none left to work off, the core has seen its view.
     /// A daemon that does not answer now is asked again at the next tick; that it is gone, its events say.
     fn look_for_victims(&mut self) {
-        if !self.core.awaits_fences() {
+        if !self.core.awaits_fences() || !self.client.events().is_empty() {
             return;
         }
         let Ok(status) = self.client.status() else { return };

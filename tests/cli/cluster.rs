@@ -3,7 +3,9 @@
 use super::{blank, can_mount, say, scratch, text, untouched};
 use cairn_base::exit;
 use std::fs;
+use std::net::TcpStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 #[test]
 fn without_a_daemon_every_tool_says_where_it_looked() {
@@ -206,4 +208,42 @@ fn a_running_cluster_is_not_disturbed() {
     say(&["down", "--dir", d]).worked();
     assert!(!dir.exists());
     say(&["down", "--dir", d]).refused(exit::FAILED, &["no cluster in", d]);
+}
+
+/// The number in the file of a server that crashed belongs to another process by now: nothing of it is the service's.
+#[test]
+fn the_service_script_leaves_alone_who_has_the_number_of_its_server_now() {
+    if !can_mount() {
+        return;
+    }
+    let root = scratch();
+    let dir = root.path().join("c");
+    let cluster = Cluster(&dir);
+    say(&["up", "--nodes", "1", "--dir", text(&dir)]).worked();
+    say(&["down", "--keep", "--dir", text(&dir)]).worked();
+    let layout: serde_json::Value =
+        serde_json::from_slice(&fs::read(dir.join("cluster.json")).unwrap()).unwrap();
+    let answers = || TcpStream::connect(layout["http"].as_str().unwrap()).is_ok();
+    let mut innocent = Command::new("sleep").arg("600").spawn().unwrap();
+    let pid_file = root.path().join("httpd.pid");
+    let script = |op: &str| {
+        let mut command = Command::new(dir.join("httpd"));
+        command.arg(op).env("CAIRN_RUN_DIR", root.path()).env("OCF_RESKEY_mountpoint", root.path());
+        // the server inherits what it writes to
+        command.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().code()
+    };
+    let crash = || fs::write(&pid_file, format!("{}\n", innocent.id())).unwrap();
+    crash();
+    let stopped = (script("status"), script("stop"), pid_file.exists());
+    crash();
+    let started = (script("start"), answers(), script("start"), script("status"));
+    let ended = (script("stop"), answers(), script("status"), pid_file.exists());
+    let is_alive = innocent.try_wait().unwrap().is_none();
+    let _ = innocent.kill();
+    innocent.wait().unwrap();
+    drop(cluster);
+    assert_eq!(stopped, (Some(1), Some(0), false));
+    assert!(is_alive, "the script killed a process that is not its own");
+    assert_eq!(started, (Some(0), true, Some(0), Some(0)));
+    assert_eq!(ended, (Some(0), false, Some(1), false));
 }

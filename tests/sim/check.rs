@@ -664,6 +664,6 @@ impl World {
                 return format!("n{} waits for a replay: {}", i + 1, m.picture());
             }
         }
-        String::new()
+        self.services_missing()
     }
 }

@@ -44,6 +44,7 @@ pub(crate) struct Daemon {
     joined: bool,
     pending_join: Option<Bytes>,
     retry: Vec<Call>,
+    pub(crate) manager: Option<crate::services::Manager>,
     /// A mount process that was in its group and must end.
     pub(crate) dying: Option<u32>,
     pub(crate) token_seen: Boottime,
@@ -73,6 +74,7 @@ impl World {
         let n = &mut self.nodes[i];
         n.up = true;
         n.leaving = false;
+        n.runs.clear();
         n.incarnation += 1;
         (n.daemon_asleep, n.mount_asleep) = (0, 0);
         let me = Proc { node: n.id, incarnation: Incarnation(n.incarnation) };
@@ -116,12 +118,14 @@ impl World {
             joined: false,
             pending_join: None,
             retry: Vec::new(),
+            manager: None,
             dying: None,
             token_seen: Boottime::ZERO,
             renewed_seen: Boottime::ZERO,
             renewals: VecDeque::new(),
         });
         self.audit.life_begins(me);
+        self.start_manager(i);
         self.say(|| format!("n{} starts as {me}", i + 1));
         if has_disk {
             self.disk_input(i, DiskInput::Tick);
@@ -164,6 +168,7 @@ impl World {
         self.end_mount(i, MountEnd::Killed);
         let n = &mut self.nodes[i];
         n.mount = None;
+        n.runs.clear();
         n.up = false;
         n.blocked = false;
         (n.daemon_asleep, n.mount_asleep) = (0, 0);
@@ -305,7 +310,8 @@ impl World {
             }
         }
         let mounts = self.nodes[i].daemon.as_ref().is_some_and(|d| d.dying.is_some());
-        self.with(i, |stack, now, out| stack.end_step(now, false, mounts, out));
+        let services = self.nodes[i].daemon.as_ref().is_some_and(|d| d.manager.is_some());
+        self.with(i, |stack, now, out| stack.end_step(now, services, mounts, out));
         let Some(d) = &mut self.nodes[i].daemon else { return };
         if let Some(end) = d.stack.ended() {
             return self.life_ended(i, end);
@@ -325,6 +331,7 @@ impl World {
             }
         }
         self.retry_calls(i);
+        self.manager_speaks(i);
         let Some(d) = &mut self.nodes[i].daemon else { return };
         let token = membership::engine::Engine::last_token(d.stack.groups.engine());
         // a token counts for the view of its ring
@@ -367,13 +374,17 @@ impl World {
                 self.say(|| format!("n{} {event:?}", i + 1));
                 let hello = self.nodes[i].daemon.as_ref().is_some_and(|d| d.client.is_some());
                 if hello {
-                    self.mount_told(i, event);
+                    self.mount_told(i, event.clone());
                 }
+                self.manager_told(i, event);
             }
             StackAction::ToClients { clients, event } => {
                 let client = self.nodes[i].daemon.as_ref().and_then(|d| d.client);
                 if client.is_some_and(|c| clients.contains(&c)) {
-                    self.mount_told(i, event);
+                    self.mount_told(i, event.clone());
+                }
+                if self.is_manager(i, &clients) {
+                    self.manager_told(i, event);
                 }
             }
             StackAction::Disk(command) => {
@@ -383,6 +394,7 @@ impl World {
                 }
             }
             StackAction::Admitted => {
+                self.manager_join(i);
                 let d = self.nodes[i].daemon.as_mut().expect("invariant: it just acted");
                 if let (Some(payload), Some(client)) = (d.pending_join.take(), d.client) {
                     self.join_now(i, client, payload);
@@ -393,6 +405,7 @@ impl World {
                 let d = self.nodes[i].daemon.as_mut().expect("invariant: it just acted");
                 d.permit.until = Boottime::ZERO;
                 self.say(|| format!("n{} {me} stops: {why}", i + 1));
+                self.manager_told(i, ClusterEvent::Stop { why, deadline: Boottime::ZERO });
                 assert_ne!(why, StopWhy::Stuck, "digests of a synchronisation round differ");
                 self.kill_mount(i, "the node stops");
             }
@@ -422,6 +435,7 @@ impl World {
         let later = victim.incarnation.0 != 0 && self.nodes[v].incarnation > victim.incarnation.0;
         let idle = self.nodes[v].daemon.is_none()
             && self.nodes[v].mount.is_none()
+            && self.nodes[v].runs.is_empty()
             && !self.lun.pending.values().any(|p| p.node == v);
         let result = if probe {
             if idle || later { Ok(Proof::NotRunning) } else { Err("it runs".to_owned()) }

@@ -11,10 +11,12 @@ mod check;
 mod daemon;
 mod lun;
 mod mount;
+mod services;
 mod tap;
 mod world;
 
 use check::Seen;
+use services::SERVICES;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::{MS, Mutant, Options, World};
 
@@ -52,7 +54,7 @@ const FOUND: [(u64, &str); 20] = [
 ];
 
 /// The rules that can be taken away, and the seed from which one is looked for that notices: some notice one in thousands.
-const SABOTAGES: [(Mutant, u64); 13] = [
+const SABOTAGES: [(Mutant, u64); 15] = [
     (Mutant::ReplayBeforeFence, 1),
     (Mutant::GateOpenedAtFence, 1),
     (Mutant::PermitNotChecked, 1),
@@ -66,6 +68,8 @@ const SABOTAGES: [(Mutant, u64); 13] = [
     (Mutant::SafeAsAgreed, 1),
     (Mutant::UsersAlwaysOpen, 1),
     (Mutant::KillsNotRead, 1),
+    (Mutant::ManagersUnfenced, 301_264),
+    (Mutant::NoVictimsAtOnce, SERVICES),
 ];
 
 struct Run {
@@ -262,6 +266,16 @@ fn faults_break_no_rule_and_the_healed_cluster_comes_together() {
             reached.iter().all(|n| *n > seeds / 20),
             "the faults do not reach what they are about: {seen:?}"
         );
+    }
+}
+
+/// The same with a service manager on each node.
+#[test]
+fn services_run_on_one_node_and_come_back() {
+    let results = many(SERVICES..SERVICES + 500, |seed| run(seed, Options::default()).0.err());
+    if let Some((seed, why)) = results.into_iter().find_map(|(seed, why)| Some((seed, why?))) {
+        tell(seed, &why);
+        panic!("seed {seed}");
     }
 }
 

@@ -7,6 +7,7 @@ use crate::check::Audit;
 use crate::daemon::Daemon;
 use crate::lun::{Lun, Op};
 use crate::mount::Mount;
+use crate::services::SERVICES;
 use bytes::Bytes;
 use cairn_base::{Boottime, NodeId, Proc, Rng, ViewId};
 use dlm::Msg;
@@ -40,6 +41,8 @@ pub(crate) enum Mutant {
     SafeAsAgreed,
     UsersAlwaysOpen,
     KillsNotRead,
+    ManagersUnfenced,
+    NoVictimsAtOnce,
 }
 
 /// From this seed on local disks are slow.
@@ -98,6 +101,9 @@ pub(crate) enum Ev {
     Read { node: usize, who: Proc, tag: Tag, what: usize },
     Reap { node: usize, who: Proc },
     DlmTick { node: usize, who: Proc },
+    ToManager { node: usize, life: u64, event: ClusterEvent },
+    ManagerTick { node: usize, life: u64 },
+    ServiceDone { node: usize, life: u64, svc: String, seq: u64, action: rgmanager::core::Action },
 }
 
 /// One machine.
@@ -124,6 +130,8 @@ pub(crate) struct Node {
     pub(crate) blocked: bool,
     pub(crate) restart_at: u64,
     pub(crate) leaving: bool,
+    /// Services that agents have started here and not stopped.
+    pub(crate) runs: BTreeSet<String>,
     pub(crate) quorate_deadline: Boottime,
 }
 
@@ -164,6 +172,8 @@ pub(crate) struct World {
     pub(crate) lanes: BTreeMap<(Proc, Proc), Lane>,
     pub(crate) audit: Audit,
     pub(crate) mutant: Option<Mutant>,
+    /// There are service managers; their dice.
+    pub(crate) services: Option<Rng>,
     pub(crate) healed: bool,
     /// Users rest, so that everything on the way arrives.
     pub(crate) quiet: bool,
@@ -227,6 +237,7 @@ impl World {
                 blocked: false,
                 restart_at: 0,
                 leaving: false,
+                runs: BTreeSet::new(),
                 quorate_deadline: Boottime::ZERO,
             })
             .collect();
@@ -258,6 +269,7 @@ impl World {
             lanes: BTreeMap::new(),
             audit: Audit::default(),
             mutant: opt.mutant,
+            services: (seed >= SERVICES).then(|| Rng::new(seed ^ 0x5E21)),
             healed: false,
             quiet: false,
             steps: 0,
@@ -387,6 +399,9 @@ impl World {
             | Ev::DiskCommand { node, .. }
             | Ev::DiskEvent { node, .. }
             | Ev::DiskAnswer { node, .. }
+            | Ev::ToManager { node, .. }
+            | Ev::ManagerTick { node, .. }
+            | Ev::ServiceDone { node, .. }
             | Ev::Call { node, .. } => self.nodes[*node].daemon_asleep,
             Ev::ToMount { node, .. }
             | Ev::User { node, .. }
@@ -470,6 +485,24 @@ impl World {
             Ev::ToMount { node, who, event } => {
                 if self.is_mount(node, who) {
                     self.mount_event(node, &event);
+                }
+            }
+            Ev::ToManager { node, life, event } => {
+                if self.is_life(node, life) {
+                    self.manager_event(node, event);
+                    self.turn(node);
+                }
+            }
+            Ev::ManagerTick { node, life } => {
+                if self.is_life(node, life) {
+                    self.manager_tick(node);
+                    self.turn(node);
+                }
+            }
+            Ev::ServiceDone { node, life, svc, seq, action } => {
+                if self.is_life(node, life) {
+                    self.service_done(node, svc, seq, action);
+                    self.turn(node);
                 }
             }
             Ev::Lane { from, to } => self.lane(from, to),

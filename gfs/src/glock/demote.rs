@@ -15,7 +15,7 @@ fn request_flags(glock: &Glock, flags: AcquireFlags) -> RequestFlags {
         try_lock: flags.contains(AcquireFlags::TRY),
         try_1cb: flags.contains(AcquireFlags::TRY_1CB),
         recovery: flags.contains(AcquireFlags::RECOVERY),
-        release_at_fence: matches!(name.ty, GlockType::NonDisk | GlockType::Flock | GlockType::Journal),
+        release_at_fence: name.is_released_at_fence(),
         lvb: match name.ty {
             GlockType::Inode | GlockType::Rgrp | GlockType::Quota => true,
             GlockType::NonDisk => name.number == CONTROL,

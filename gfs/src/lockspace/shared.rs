@@ -3,7 +3,8 @@
 //! Semantics are those the glocks expect of the DLM: conversions go before new requests, both queues are in order, a blocked
 //! request sends one callback to each holder in its way, and of two holders that both convert SH to EX the second gets EDEADLK.
 //! A member that dies leaves *ghosts*: its modes stay in the way until it is fenced (locks marked so) or its journal is replayed (all others);
-//! a request with `recovery` passes them. The value block of a resource that a ghost held EX is lost.
+//! a request with `recovery` passes those of the fenced. The value block of a resource that a ghost held EX is lost. If what it held was known to
+//! itself alone, as it mastered it, its ghost haunts every resource, in the strongest mode that the living leave possible.
 
 use super::plock::{Answers, PlockTable};
 use super::{
@@ -13,20 +14,22 @@ use super::{
 use crate::{Error, Result};
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Ghost {
     No,
-    UntilFenced,
-    UntilRecovered,
+    Unfenced {
+        at_fence: bool,
+    },
+    /// Until the replay.
+    Fenced,
 }
 
 struct Held {
     member: u32,
     state: LockState,
-    flags: RequestFlags,
     ghost: Ghost,
 }
 
@@ -66,8 +69,19 @@ impl Resource {
     fn blockers(&self, asking: &Asking) -> impl Iterator<Item = &Held> {
         let (member, want, recovery) = (asking.member, asking.want, asking.flags.recovery);
         self.held.iter().filter(move |h| {
-            h.member != member && !compatible(h.state, want) && !(recovery && h.ghost != Ghost::No)
+            h.member != member && !compatible(h.state, want) && !(recovery && h.ghost == Ghost::Fenced)
         })
+    }
+
+    /// The dead member may have held whatever the living leave possible.
+    fn haunt(&mut self, name: GlockName, member: u32, is_fenced: bool) {
+        let at_fence = name.is_released_at_fence();
+        let living = self.held.iter().find(|h| h.ghost == Ghost::No).map(|h| h.state);
+        if living == Some(LockState::Exclusive) || (is_fenced && at_fence) {
+            return;
+        }
+        let ghost = if is_fenced { Ghost::Fenced } else { Ghost::Unfenced { at_fence } };
+        self.held.push(Held { member, state: living.unwrap_or(LockState::Exclusive), ghost });
     }
 
     fn free(&self, asking: &Asking) -> bool {
@@ -83,9 +97,7 @@ impl Resource {
     fn grant(&mut self, name: GlockName, asking: &Asking, events: &mut Events) {
         self.held.retain(|h| h.member != asking.member);
         if asking.want != LockState::Unlocked {
-            let held =
-                Held { member: asking.member, state: asking.want, flags: asking.flags, ghost: Ghost::No };
-            self.held.push(held);
+            self.held.push(Held { member: asking.member, state: asking.want, ghost: Ghost::No });
         }
         let lvb = if asking.flags.lvb { self.lvb } else { None };
         events.push((asking.member, name, Event::Completed(Ok(Granted { state: asking.want, lvb }))));
@@ -125,6 +137,8 @@ impl Resource {
 struct State {
     resources: FxHashMap<GlockName, Resource>,
     dead: BTreeSet<u32>,
+    /// Dead members of whom nobody knows what they held, and whether they are fenced.
+    unknown: BTreeMap<u32, bool>,
     members: FxHashMap<u32, Arc<Member>>,
     last_member: u32,
 }
@@ -168,8 +182,7 @@ impl SharedSpace {
                 resource.converting.retain(|a| a.member != member);
                 resource.waiting.retain(|a| a.member != member);
                 for held in resource.held.iter_mut().filter(|h| h.member == member) {
-                    held.ghost =
-                        if held.flags.release_at_fence { Ghost::UntilFenced } else { Ghost::UntilRecovered };
+                    held.ghost = Ghost::Unfenced { at_fence: name.is_released_at_fence() };
                     if held.state == LockState::Exclusive {
                         resource.lvb = None;
                     }
@@ -181,15 +194,29 @@ impl SharedSpace {
         self.deliver(events);
     }
 
+    /// As [`Self::kill`], and what the member held was known to itself alone.
+    pub fn kill_with_what_it_mastered(&self, member: u32) {
+        self.kill(member);
+        let mut state = self.state.lock();
+        state.unknown.insert(member, false);
+        for (name, resource) in &mut state.resources {
+            resource.haunt(*name, member, false);
+        }
+    }
+
     /// The dead member can no longer write.
     pub fn fenced(&self, member: u32) {
-        self.remove(member, |ghost| ghost == Ghost::UntilFenced);
+        if let Some(is_fenced) = self.state.lock().unknown.get_mut(&member) {
+            *is_fenced = true;
+        }
+        self.remove(member, |ghost| ghost == Ghost::Unfenced { at_fence: true });
         let answers: Answers = self.plocks.lock().remove_member(member);
         answers.deliver();
     }
 
     /// The dead member's journal is replayed.
     pub fn recovered(&self, member: u32) {
+        self.state.lock().unknown.remove(&member);
         self.remove(member, |_| true);
         self.state.lock().members.remove(&member);
     }
@@ -208,6 +235,9 @@ impl SharedSpace {
             assert!(state.dead.contains(&member), "member {member} lives");
             for (name, resource) in &mut state.resources {
                 resource.held.retain(|h| h.member != member || !which(h.ghost));
+                for held in resource.held.iter_mut().filter(|h| h.member == member) {
+                    held.ghost = Ghost::Fenced;
+                }
                 resource.advance(*name, &mut events);
             }
         }
@@ -239,7 +269,14 @@ impl SharedSpace {
             if state.dead.contains(&member) {
                 return;
             }
-            let resource = state.resources.entry(name).or_default();
+            let State { resources, unknown, .. } = &mut *state;
+            let resource = resources.entry(name).or_insert_with(|| {
+                let mut new = Resource::default();
+                for (dead, is_fenced) in unknown {
+                    new.haunt(name, *dead, *is_fenced);
+                }
+                new
+            });
             let asking = Asking { member, want, flags };
             let from = resource.held.iter().find(|h| h.member == member).map(|h| h.state);
             match from {
@@ -298,6 +335,15 @@ impl SharedSpace {
             resource.call_back(name, asking, events);
         }
         events.push((asking.member, name, Event::Completed(Err(Error::Errno(errno)))));
+    }
+
+    /// What a living member holds, for tests that wait for it.
+    pub fn held(&self, member: u32, name: GlockName) -> LockState {
+        let state = self.state.lock();
+        let of_member = |r: &Resource| {
+            r.held.iter().find(|h| h.member == member && h.ghost == Ghost::No).map(|h| h.state)
+        };
+        state.resources.get(&name).and_then(of_member).unwrap_or_default()
     }
 
     /// Modes that live members hold at the same time although they exclude each other, for tests: must be empty.

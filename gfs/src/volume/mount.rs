@@ -8,7 +8,8 @@
 //! keeps them until recovery is done, then leaves `mounted` SH and drops `control`. The others get `mounted` SH.
 //!
 //! What the dead had, or may have had, of these locks counts until their fence and not until their replay ([`AcquireFlags::RECOVERY`]): if nobody who is left
-//! has it mounted, a replay comes only after a mount. Who then gets `control` and `mounted` is first, whatever the dead held.
+//! has it mounted, a replay comes only after a mount. Who then gets `control` and `mounted` is first, whatever the dead held; also who was not
+//! first when it began, and waits for a replay while the last one who has it mounted dies or leaves.
 
 use super::release::Ops;
 use super::system::{Extents, Journal, SysReader, SystemInodes};
@@ -239,10 +240,11 @@ impl Mounting<'_> {
 
         let reader = SysReader(self.disk);
         let (system, rindex) = self.read_system(&reader)?;
-        let own = if self.options.spectator {
-            None
+        let (first, own) = if self.options.spectator {
+            (first, None)
         } else {
-            Some(self.own_journal(&reader, &system, first.is_first())?)
+            let (first, own) = self.own_journal(&reader, &system, first)?;
+            (first, Some(own))
         };
         let is_first = first.is_first();
         let own = self.recover(&reader, &system, own, is_first)?;
@@ -252,10 +254,7 @@ impl Mounting<'_> {
         held.push(first.done(self.glocks)?);
 
         let writer = match own {
-            Some(own) => {
-                let flags = AcquireFlags::SKIP | past_the_dead(is_first);
-                Some(self.open_log(own, &system, &rindex, &cache, &mut held, flags)?)
-            }
+            Some(own) => Some(self.open_log(own, &system, &rindex, &cache, &mut held)?),
             None => None,
         };
         let volume = Arc::new(Volume {
@@ -326,13 +325,13 @@ impl Mounting<'_> {
     }
 
     /// Takes a journal nobody uses. One that a dead node has left dirty is the survivors' to replay, under the rules of fencing:
-    /// only the first mounter, who has no survivors beside it, takes such a one.
+    /// only the first mounter, who has no survivors beside it, takes such a one. Whether there are any is asked again with every try.
     fn own_journal(
         &self,
         reader: &SysReader<'_>,
         system: &SystemInodes,
-        first: bool,
-    ) -> Result<(Holder, usize, Extents)> {
+        mut first: First,
+    ) -> Result<(First, (Holder, usize, Extents))> {
         let fs = self.disk.name();
         let n = system.journals.len();
         let wanted: Vec<&Journal> = match self.options.journal {
@@ -349,15 +348,16 @@ impl Mounting<'_> {
         let (mut tries, deadline) = (0, Instant::now() + self.options.first_mounter_wait);
         loop {
             tries += 1;
+            let is_first = first.is_first();
             let mut dirty = None;
             for j in &wanted {
                 tracing::info!("fsid={fs}: jid={}: Trying to acquire journal lock...", j.jid);
-                let flags = AcquireFlags::TRY | past_the_dead(first);
+                let flags = AcquireFlags::TRY | past_the_dead(is_first);
                 match self.acquire(journal_glock(j.jid), LockState::Exclusive, flags) {
                     Ok(holder) => {
                         let map = reader.journal(j)?;
-                        if first || recover::is_clean(self.disk, j, &map)? {
-                            return Ok((holder, j.jid.0 as usize, map));
+                        if is_first || recover::is_clean(self.disk, j, &map)? {
+                            return Ok((first, (holder, j.jid.0 as usize, map)));
                         }
                         dirty = Some(j.jid);
                         let glock = Arc::clone(holder.glock());
@@ -368,24 +368,28 @@ impl Mounting<'_> {
                     Err(e) => return Err(e),
                 }
             }
-            match dirty {
-                Some(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(100)),
+            let waits = match dirty {
+                Some(_) => Instant::now() < deadline,
                 // a lock that its last user has just dropped takes a moment to be free everywhere
-                None if tries < JOURNAL_TRIES => std::thread::sleep(Duration::from_millis(100)),
-                Some(jid) => {
-                    return Err(Error::Mount(format!(
-                        "{fs}: journal {jid} was left by a node that died and no survivor has replayed it: is fencing stuck?"
-                    )));
+                None => tries < JOURNAL_TRIES,
+            };
+            if waits {
+                std::thread::sleep(Duration::from_millis(100));
+                if let First::No { mounted } = first {
+                    drop(mounted);
+                    first = self.first_mounter()?;
                 }
-                None => {
-                    return Err(Error::Mount(match self.options.journal {
-                        Some(jid) => format!("{fs}: journal {jid} is in use by another node"),
-                        None => format!(
-                            "{fs}: all {n} journals are in use, so no further node can mount it: add one with gfs2_jadd -j 1 on a node that has it mounted"
-                        ),
-                    }));
-                }
+                continue;
             }
+            return Err(Error::Mount(match (dirty, self.options.journal) {
+                (Some(jid), _) => format!(
+                    "{fs}: journal {jid} was left by a node that died and no survivor has replayed it: is fencing stuck?"
+                ),
+                (None, Some(jid)) => format!("{fs}: journal {jid} is in use by another node"),
+                (None, None) => format!(
+                    "{fs}: all {n} journals are in use, so no further node can mount it: add one with gfs2_jadd -j 1 on a node that has it mounted"
+                ),
+            }));
         }
     }
 
@@ -472,9 +476,10 @@ impl Mounting<'_> {
         rindex: &[RindexEntry],
         cache: &Arc<MetaCache>,
         held: &mut Vec<Holder>,
-        flags: AcquireFlags,
     ) -> Result<Writer> {
         let j = &system.journals[own.index];
+        // The journal's lock guards these, and the journal is clean. Its last user, or a master of these locks, may wait for a replay by us.
+        let flags = AcquireFlags::SKIP | AcquireFlags::RECOVERY;
         held.push(own.holder);
         held.push(self.acquire(inode_glock(j.dinode), LockState::Shared, flags)?);
         held.push(self.acquire(iopen_glock(j.dinode), LockState::Shared, flags)?);

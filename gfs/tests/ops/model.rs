@@ -207,7 +207,7 @@ impl Model {
             20 => {
                 let files = self.live(|i| matches!(i.kind, Kind::File(_)));
                 if let Some(f) = (!files.is_empty()).then(|| rng.pick(&files)) {
-                    done(twice(|| fs.open(self.items[f].ino)).unwrap());
+                    twice(|| fs.open(self.items[f].ino)).unwrap();
                     self.items[f].opens += 1;
                 }
             }

@@ -13,8 +13,8 @@ use crate::ipc::{
 use bytes::Bytes;
 use cairn_base::{Incarnation, NodeId, Proc};
 
-/// Groups whose members write to the LUN: only nodes that can be fenced may join.
-const WRITERS: &str = "gfs:";
+/// Groups whose members write to the LUN, or run services: only nodes that can be fenced may join.
+const WRITERS: [&str; 2] = ["gfs:", "rgmanager"];
 
 impl<E: Engine, W: Wire> Runtime<E, W> {
     pub(super) fn call(&mut self, client: u32, call: Call) {
@@ -89,7 +89,7 @@ impl<E: Engine, W: Wire> Runtime<E, W> {
             return Reply::Refused("this node is leaving the cluster".to_owned());
         }
         let payload = Bytes::from(payload);
-        if group.starts_with(WRITERS) && !self.stack.core.may_join() {
+        if WRITERS.iter().any(|w| group.starts_with(w)) && !self.stack.core.may_join() {
             self.pending_joins.push((client, name, payload));
             return Reply::Done;
         }

@@ -20,7 +20,7 @@ pub enum Msg {
         has_records: bool,
         kept: Option<u64>,
         running: Vec<(String, bool)>,
-        unfenced: Vec<Proc>,
+        is_clear: bool,
     },
     /// Start the sync round of `view` again: quorum came back, or the records were lost before they were sent.
     Resync {

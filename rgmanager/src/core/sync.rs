@@ -20,16 +20,15 @@ impl Core {
         let members: BTreeSet<Proc> = members.into_iter().collect();
         self.has_joiner |= members.iter().any(|m| !self.members.contains(m));
         self.members = members;
-        // Missed by a side without quorum and back in the same life: its own word counts again. One that quorate members have lost is
-        // their victim, and its services stay its own in their records.
-        self.unfenced.retain(|p| !self.members.contains(p));
+        self.is_clear = false;
         self.leaving.retain(|p| self.members.contains(p));
         for (p, clean) in left {
             if clean {
                 log(out, Level::Notice, &format!("Member {} shutting down", p.node));
+                // Nothing ran there any more. What it said of that last may not have been ordered.
+                self.release_of(p, out);
             } else {
                 log(out, Level::Info, &format!("State change: {} DOWN", self.config.node_name(p.node)));
-                self.unfenced.insert(p);
             }
         }
         // A node event gives parked services another chance.
@@ -57,38 +56,29 @@ impl Core {
                     .iter()
                     .map(|(svc, h)| (svc.clone(), matches!(h.phase, Phase::Starting | Phase::Up)))
                     .collect(),
-                unfenced: self.unfenced.iter().copied().collect(),
+                is_clear: self.is_clear,
             }));
         }
     }
 
     pub(super) fn on_fenced(&mut self, p: Proc, out: &mut Vec<Output>) {
-        self.unfenced.remove(&p);
         match &mut self.sync {
             Sync::AwaitRecords { buffered, .. } => buffered.push_back(Ordered::Fenced(p)),
-            Sync::Agreed => self.release_of(p, out),
-            Sync::Hellos { .. } => {
-                self.release_of(p, out);
-                if self.records.is_none() && self.members.contains(&self.me) {
-                    out.push(Output::Send(Msg::Resync { view: self.view }));
-                }
-            }
+            Sync::Agreed | Sync::Hellos { .. } => self.release_of(p, out),
         }
     }
 
-    /// Whom a side without quorum lost, the fence domain need never have known: then it has no proof for that life, but one for
-    /// whatever ran on the node, or none. Only where nobody has records: those change with ordered events alone.
+    /// Who may run services and is not a member is proved dead, or never was in the domain and could not join us. Names do not tell: of whom a
+    /// side without quorum lost the domain may have a proof for whatever ran on the node; of whom a side before us had, we know nothing.
+    /// Only where nobody has records: those change with ordered events alone.
     pub(super) fn on_no_victims(&mut self, out: &mut Vec<Output>) {
-        if !self.awaits_fences() || !matches!(self.sync, Sync::Hellos { .. }) {
-            return;
-        }
-        self.unfenced.clear();
-        if self.members.contains(&self.me) {
+        if self.awaits_fences() {
+            self.is_clear = true;
             out.push(Output::Send(Msg::Resync { view: self.view }));
         }
     }
 
-    /// The owner is proven dead: what it held is stopped now.
+    /// The owner is proven dead, or has left: what it held is stopped now.
     fn release_of(&mut self, dead: Proc, out: &mut Vec<Output>) {
         assert!(dead != self.me, "invariant: a fenced incarnation hears of it by its own end");
         let wall = self.wall;
@@ -108,12 +98,12 @@ impl Core {
 
     pub(super) fn on_message(&mut self, now: Boottime, from: Proc, msg: Msg, out: &mut Vec<Output>) {
         match msg {
-            Msg::Hello { view, round, is_quorate, has_records, kept, running, unfenced } => {
+            Msg::Hello { view, round, is_quorate, has_records, kept, running, is_clear } => {
                 if (view, round) != (self.view, self.round) {
                     return;
                 }
                 let Sync::Hellos { seen } = &mut self.sync else { return };
-                seen.insert(from, Hello { is_quorate, has_records, kept, running, unfenced });
+                seen.insert(from, Hello { is_quorate, has_records, kept, running, is_clear });
                 if self.members.iter().all(|m| seen.get(m).is_some_and(|h| h.is_quorate)) {
                     let seen = std::mem::take(seen);
                     self.cut(&seen, out);
@@ -173,19 +163,15 @@ impl Core {
                 out.push(Output::Send(Msg::Resync { view: self.view }));
             }
             (Some(sender), None) => self.sync = Sync::AwaitRecords { sender, buffered: VecDeque::new() },
-            (None, _) if seen.values().any(|h| !h.unfenced.is_empty()) => {
-                log(
-                    out,
-                    Level::Notice,
-                    "Waiting for fencing of lost members before services are initialized",
-                );
+            (None, _) if seen.values().any(|h| !h.is_clear) => {
+                log(out, Level::Notice, "Waiting for fencing to complete before services are initialized");
                 self.sync = Sync::Hellos { seen: seen.clone() };
             }
             (None, _) => self.make_records(seen, out),
         }
     }
 
-    /// Nobody has records, everybody who was lost is proven dead: the newest ones put aside, as the Hellos correct them.
+    /// Nobody has records, everybody who may run something and is no member is proven dead: the newest ones put aside, as the Hellos correct them.
     fn make_records(&mut self, seen: &BTreeMap<Proc, Hello>, out: &mut Vec<Output>) {
         let newest = seen.values().filter_map(|h| h.kept).max();
         let sender = seen.iter().find(|(_, h)| newest.is_some() && h.kept == newest).map(|(p, _)| *p);

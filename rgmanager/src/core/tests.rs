@@ -80,7 +80,7 @@ impl Bus {
     fn join(&mut self, p: Proc) {
         let mut config = RmConfig::parse(CONF).unwrap();
         config.quorum_grace = self.grace;
-        let core = Core::new(p, config, self.dead.keys().copied().collect());
+        let core = Core::new(p, config);
         let node = Node {
             core,
             held: BTreeSet::new(),
@@ -168,7 +168,13 @@ impl Bus {
     /// Deliver the next ordered item to one node.
     fn deliver(&mut self, p: Proc) -> bool {
         let n = self.nodes.get_mut(&p).unwrap();
-        let Some(item) = self.log.get(n.delivered).cloned() else { return false };
+        let Some(item) = self.log.get(n.delivered).cloned() else {
+            let is_clear = self.dead.is_empty() && n.core.awaits_fences();
+            if is_clear {
+                self.event(p, Event::NoVictims);
+            }
+            return is_clear;
+        };
         n.delivered += 1;
         let event = match item {
             Item::View { view, members, left } => Event::View { view, members, left },
@@ -424,16 +430,81 @@ fn who_the_fence_domain_never_knew_is_not_waited_for_when_it_has_no_victims() {
     for q in &p[..2] {
         bus.event(*q, Event::Quorum(true));
     }
-    bus.fence(Proc { incarnation: Incarnation(0), ..p[2] });
+    let whatever_runs = Proc { incarnation: Incarnation(0), ..p[2] };
+    bus.dead.insert(whatever_runs, BTreeSet::new());
     bus.settle();
-    let waits = |bus: &Bus| p[..2].iter().all(|q| bus.nodes[q].core.awaits_fences());
-    assert!(waits(&bus), "a proof for no life by name");
+    assert!(p[..2].iter().all(|q| bus.nodes[q].core.awaits_fences()));
     bus.event(p[0], Event::NoVictims);
     bus.settle();
     assert!(bus.nodes[&p[0]].core.records().is_none(), "the other one still knows of a victim");
-    bus.event(p[1], Event::NoVictims);
+    bus.fence(whatever_runs);
     bus.settle();
     assert_eq!(bus.record("service:web").state, ServiceState::Started);
+}
+
+/// Its last stop ends while a view is being agreed on: it goes, and nobody has heard of the stop.
+#[test]
+fn what_a_leaver_could_not_say_any_more_holds_nothing() {
+    let (mut bus, p) = three(0);
+    assert_eq!(bus.record("service:web").owner, p[0]);
+    bus.event(p[0], Event::Shutdown);
+    while bus.nodes[&p[0]].agents.is_empty() {
+        assert!(p.iter().any(|q| bus.deliver(*q)), "its services are stopped");
+    }
+    bus.crash(p[2]);
+    while bus.nodes[&p[0]].core.is_agreed() {
+        assert!(bus.deliver(p[0]));
+    }
+    while bus.run_agent(p[0]) {}
+    assert!(bus.nodes[&p[0]].may_leave);
+    bus.nodes.remove(&p[0]);
+    bus.members.remove(&p[0]);
+    bus.new_view(vec![(p[0], true)]);
+    bus.fence(p[2]);
+    bus.settle();
+    assert_eq!(
+        (bus.record("service:web").owner, bus.record("service:web").state),
+        (p[1], ServiceState::Started)
+    );
+}
+
+/// New lives become quorate while one of before, of which they have never heard, still runs everything.
+#[test]
+fn who_knows_nothing_of_before_starts_nothing_until_the_fence_domain_has_no_victims() {
+    let mut bus = Bus::new(1, 0, 0);
+    let whatever_runs = Bus::proc(3, 0);
+    bus.dead.insert(whatever_runs, ["service:web", "service:db"].map(String::from).into());
+    for q in [Bus::proc(1, 1), Bus::proc(2, 1)] {
+        bus.join(q);
+    }
+    bus.settle();
+    assert!(bus.nodes.values().all(|n| n.held.is_empty() && n.core.records().is_none()));
+    bus.fence(whatever_runs);
+    bus.settle();
+    assert_eq!(bus.record("service:web").state, ServiceState::Started);
+}
+
+/// Somebody is to be fenced since: what was so before quorum was lost says nothing of now.
+#[test]
+fn that_there_were_no_victims_does_not_outlive_quorum() {
+    let (mut bus, p) = three(0);
+    for is in [false, true, false] {
+        for q in p {
+            bus.event(q, Event::Quorum(is));
+            bus.event(q, Event::NoVictims);
+        }
+    }
+    bus.settle();
+    let asked_for = Bus::proc(4, 0);
+    bus.dead.insert(asked_for, BTreeSet::new());
+    for q in p {
+        bus.event(q, Event::Quorum(true));
+    }
+    bus.settle();
+    assert!(p.iter().all(|q| bus.nodes[q].core.awaits_fences()));
+    bus.fence(asked_for);
+    bus.settle();
+    assert_eq!(bus.record("service:web").owner, p[0]);
 }
 
 #[test]

@@ -168,7 +168,10 @@ impl World {
             let past_the_dead = if self.m(i).first { Flags::RECOVERY } else { Flags::NONE };
             self.ask(i, JOURNAL + j, Mode::EX, Flags::NOQUEUE | past_the_dead);
         } else {
-            // all are in use or dirty: the survivors replay them
+            // all are in use or dirty: the survivors replay them, if there are any
+            if !self.m(i).first {
+                return self.backoff(i);
+            }
             self.set_step(i, Step::TryJournal(0));
             let at = self.now + 100 * MS;
             self.m(i).retry_at = at;

@@ -206,7 +206,9 @@ fn write_script(cluster: &Cluster) -> Result<()> {
         r#"#!/bin/sh
 # start | stop | status; the environment comes from the service manager
 pid_file=$CAIRN_RUN_DIR/httpd.pid
-alive() {{ [ -s "$pid_file" ] && kill -0 "$(cat "$pid_file")" 2>/dev/null; }}
+# A number that a crash has left may be anybody's by now: ours has this file among its arguments, and keeps its start time to the end.
+alive() {{ pid=$(cat "$pid_file" 2>/dev/null) && grep -qzxF -e "$pid_file" "/proc/$pid/cmdline" 2>/dev/null; }}
+started() {{ sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }}
 case $1 in
 start)
 	alive && exit 0
@@ -220,10 +222,11 @@ start)
 		sleep 0.02
 	done ;;
 stop)
-	alive || exit 0
-	pid=$(cat "$pid_file")
-	kill "$pid"
-	while kill -0 "$pid" 2>/dev/null; do sleep 0.02; done
+	if alive; then
+		start_time=$(started "$pid")
+		kill "$pid"
+		while [ -n "$start_time" ] && [ "$(started "$pid")" = "$start_time" ]; do sleep 0.02; done
+	fi
 	rm -f "$pid_file" ;;
 status)
 	alive ;;

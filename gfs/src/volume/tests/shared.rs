@@ -6,6 +6,7 @@ use crate::glock::{AcquireFlags, Glocks};
 use crate::lockspace::LockState;
 use crate::lockspace::shared::SharedSpace;
 use cairn_base::Rng;
+use std::time::Instant;
 
 #[test]
 fn two_nodes_see_each_others_files_at_once() {
@@ -109,11 +110,10 @@ fn mounting_does_not_wait_for_a_replay_that_nobody_can_do() {
     rig::create_file(&a, "kept", 3, 1).unwrap();
     a.log_flush(FlushReason::Fsync).unwrap();
     let mounting = Glocks::new(of_second);
-    let lock = super::mount::nondisk(0);
+    let lock = mount::nondisk(0);
     let held = mounting.acquire(lock, LockState::Exclusive, AcquireFlags::NONE).unwrap();
-    for member in [first, second] {
-        space.kill(member);
-    }
+    space.kill(first);
+    space.kill_with_what_it_mastered(second);
     for member in [first, second] {
         space.fenced(member);
     }
@@ -133,5 +133,90 @@ fn mounting_does_not_wait_for_a_replay_that_nobody_can_do() {
         b.unmount().unwrap();
     });
     drop(held);
+    fsck(&rig.lun.durable());
+}
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !is_so() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// One dies, and the one that has it mounted beside it, before it has replayed the journal on which a third waits with its mount.
+#[test]
+fn who_waits_for_a_replay_becomes_first_when_nobody_is_left_to_do_it() {
+    let rig = Rig::new(volume_image(1024, 2));
+    let space = SharedSpace::new();
+    let (leader, of_leader) = space.join();
+    let (other, of_other) = space.join();
+    let (late, of_late) = space.join();
+    let a = rig.mount_as("a", of_leader, MountOptions::default()).unwrap();
+    let b = rig.mount_as("b", of_other, MountOptions::default()).unwrap();
+    for (vol, name) in [(&a, "by_a"), (&b, "by_b")] {
+        rig::create_file(vol, name, 3, 1).unwrap();
+        vol.log_flush(FlushReason::Fsync).unwrap();
+    }
+    space.kill(other);
+    space.fenced(other);
+    std::thread::scope(|s| {
+        let (done, mounted) = std::sync::mpsc::channel();
+        let options = MountOptions { first_mounter_wait: Duration::from_secs(40), ..MountOptions::default() };
+        let rig = &rig;
+        s.spawn(move || done.send(rig.mount_as("c", of_late, options)));
+        wait_until("it is not first", || space.held(late, mount::nondisk(5)) == LockState::Shared);
+        space.kill(leader);
+        // Not proved dead, it may still write: whoever waits has to go on waiting.
+        assert!(mounted.recv_timeout(Duration::from_millis(300)).is_err());
+        space.fenced(leader);
+        let c = mounted.recv_timeout(Duration::from_secs(20));
+        for member in [leader, other] {
+            space.recovered(member);
+        }
+        let c = c.expect("it is mounted before the replay").unwrap();
+        assert_eq!(rig::names(&c), ["by_a", "by_b"]);
+        assert!(space.violations().is_empty());
+        c.unmount().unwrap();
+    });
+    fsck(&rig.lun.durable());
+}
+
+/// The one that has it mounted dies, with all that it mastered, while another, which is not first, has still to take the locks of its journal.
+#[test]
+fn who_is_not_first_does_not_wait_for_a_replay_of_its_own() {
+    let rig = Rig::new(volume_image(1024, 2));
+    let space = SharedSpace::new();
+    let (leader, of_leader) = space.join();
+    let (late, of_late) = space.join();
+    let a = rig.mount_as("a", of_leader, MountOptions::default()).unwrap();
+    rig::create_file(&a, "kept", 3, 1).unwrap();
+    a.log_flush(FlushReason::Fsync).unwrap();
+    let third = Glocks::new(space.join().1);
+    let system = crate::lockspace::GlockName {
+        ty: crate::lockspace::GlockType::Inode,
+        number: a.superblock().master.addr.0,
+    };
+    let held = third.acquire(system, LockState::Exclusive, AcquireFlags::NONE).unwrap();
+    std::thread::scope(|s| {
+        let (done, mounted) = std::sync::mpsc::channel();
+        let rig = &rig;
+        s.spawn(move || done.send(rig.mount_as("b", of_late, MountOptions::default())));
+        wait_until("it is not first", || space.held(late, mount::nondisk(5)) == LockState::Shared);
+        space.kill_with_what_it_mastered(leader);
+        space.fenced(leader);
+        drop(held);
+        let b = mounted.recv_timeout(Duration::from_secs(20));
+        let is_replayed = b.is_ok();
+        if let Ok(Ok(b)) = &b {
+            b.recover_journal(JournalId(0)).unwrap().expect("its journal is free");
+        }
+        space.recovered(leader);
+        assert!(is_replayed, "it waits for a replay that only it can do");
+        let b = b.unwrap().unwrap();
+        assert_eq!(rig::read_file(&b, "kept"), Some(3));
+        assert!(space.violations().is_empty());
+        b.unmount().unwrap();
+    });
     fsck(&rig.lun.durable());
 }
