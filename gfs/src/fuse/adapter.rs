@@ -96,23 +96,12 @@ impl Adapter {
         });
     }
 
-    fn serve_attr(&self, reply: ReplyAttr, op: impl Fn(&Core) -> Result<Held<Attr>> + Send + 'static) {
-        self.serve(reply, op, |core, reply, result| match result {
-            Ok(held) => {
-                let node = core.kernel.nodes.get(held.value.ino);
-                let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
-                reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
-                drop(held);
-            }
-            Err(e) => reply.error(errno(&e)),
-        });
-    }
-
     /// CREATE and its like, except for opening: a new name in `dir`.
     fn serve_new(
         &self,
         reply: ReplyEntry,
         dir: InodeNo,
+        thread: u32,
         op: impl Fn(&Core) -> Result<Held<Attr>> + Send + 'static,
     ) {
         self.serve(reply, op, move |core, reply, result| match result {
@@ -122,7 +111,7 @@ impl Adapter {
                 let names = core.kernel.name_ttl(&core.kernel.nodes.get(dir));
                 let attr = core.kernel.file_attr(&held.value, true);
                 reply.entry_with_ttls(&ttl, &names, &attr, generation(&held.value));
-                drop(held);
+                core.after_change(held, thread);
             }
             Err(e) => reply.error(errno(&e)),
         });
@@ -304,7 +293,8 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let ino = self.ino(ino);
+        let Some(reply) = self.core.kernel.answer_ourselves(req.pid(), ino, reply) else { return };
+        let (ino, thread) = (self.ino(ino), req.pid());
         let set = SetAttr {
             mode,
             uid,
@@ -316,15 +306,25 @@ impl Filesystem for Adapter {
             // The kernel's own word on this (FATTR_KILL_SUIDGID) is not passed on; the superuser is who keeps the bits.
             kill_priv: size.is_some() && req.uid() != 0,
         };
-        let thread = req.pid();
-        self.serve_attr(reply, move |core| {
-            if size.is_none() {
-                core.agree_first(ino, thread)?;
-            }
-            let held = core.fs.setattr(ino, &set)?;
-            core.kernel.nodes.get(ino).size.lock().forget_writes();
-            Ok(held)
-        });
+        self.serve(
+            reply,
+            move |core| {
+                let held = core.fs.setattr(ino, &set)?;
+                if core.kernel.is_clustered() && size.is_some() {
+                    core.kernel.nodes.get(ino).size.lock().forget_writes();
+                }
+                Ok(held)
+            },
+            move |core, reply, result| match result {
+                Ok(held) => {
+                    let node = core.kernel.nodes.get(held.value.ino);
+                    let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
+                    reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
+                    core.after_change(held, thread);
+                }
+                Err(e) => reply.error(errno(&e)),
+            },
+        );
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
@@ -343,12 +343,12 @@ impl Filesystem for Adapter {
     ) {
         let Some(node) = new_node(mode, rdev) else { return reply.error(Errno::EINVAL) };
         let (dir, name, who) = (self.ino(parent), owned(name), caller(req));
-        self.serve_new(reply, dir, move |core| core.fs.mknod(who, dir, &name, mode, node));
+        self.serve_new(reply, dir, req.pid(), move |core| core.fs.mknod(who, dir, &name, mode, node));
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
         let (dir, name, who) = (self.ino(parent), owned(name), caller(req));
-        self.serve_new(reply, dir, move |core| core.fs.mkdir(who, dir, &name, mode));
+        self.serve_new(reply, dir, req.pid(), move |core| core.fs.mkdir(who, dir, &name, mode));
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -364,7 +364,7 @@ impl Filesystem for Adapter {
     fn symlink(&self, req: &Request, parent: INodeNo, link_name: &OsStr, target: &Path, reply: ReplyEntry) {
         let (dir, name, who) = (self.ino(parent), owned(link_name), caller(req));
         let target = owned(target.as_os_str());
-        self.serve_new(reply, dir, move |core| core.fs.symlink(who, dir, &name, &target));
+        self.serve_new(reply, dir, req.pid(), move |core| core.fs.symlink(who, dir, &name, &target));
     }
 
     fn rename(
@@ -403,11 +403,8 @@ impl Filesystem for Adapter {
     }
 
     fn link(&self, req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        let (ino, dir, name, thread) = (self.ino(ino), self.ino(newparent), owned(newname), req.pid());
-        self.serve_new(reply, dir, move |core| {
-            core.agree_first(ino, thread)?;
-            core.fs.link(ino, dir, &name)
-        });
+        let (ino, dir, name) = (self.ino(ino), self.ino(newparent), owned(newname));
+        self.serve_new(reply, dir, req.pid(), move |core| core.fs.link(ino, dir, &name));
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -463,7 +460,19 @@ impl Filesystem for Adapter {
                 }
                 // Another node may have made it since the kernel looked.
                 let existing = Existing { truncate, kill_priv, may: &|dir, file| opener.may(dir, file) };
-                core.fs.create_or_open(who, dir, &name, mode, &existing)
+                loop {
+                    let held = core.fs.create_or_open(who, dir, &name, mode, &existing)?;
+                    if core.may_be_told(&held.value, thread) {
+                        return Ok(held);
+                    }
+                    core.fs.release(held.value.ino);
+                    let ino = held.value.ino;
+                    drop(held);
+                    match core.getattr(ino, thread) {
+                        Ok(_) | Err(Error::Errno(libc::ESTALE)) => {}
+                        Err(e) => return Err(e),
+                    }
+                }
             },
             move |core, reply, result| {
                 core.opened(thread, &result);
@@ -716,7 +725,7 @@ impl Filesystem for Adapter {
             move |core| core.fs.fallocate(ino, how, offset, length),
             move |core, reply, result| match result {
                 Ok(held) => {
-                    if how == Fallocate::Allocate {
+                    if core.kernel.is_clustered() && how == Fallocate::Allocate {
                         core.kernel.nodes.get(ino).size.lock().reaches(offset + length, thread);
                     }
                     reply.ok();

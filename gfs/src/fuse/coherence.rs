@@ -10,10 +10,9 @@
 //!   A reply gives attributes a lifetime only when the kernel's inode has them already, or is made by it: the kernel marks them valid before it
 //!   fills them in, and readers take no lock, so that a stat beside the reply would show the old ones as valid (seen: once in 500,000 stats of a file
 //!   that both mounts append to; `fuse_change_attributes` of Linux 6.18 and before). See [`SETTLED`].
-//!   A notification also makes the kernel throw away attributes in a reply that is written and not yet taken in. `stat` tells what the reply said
-//!   all the same, but a read that asked for the size goes on with the old one and ends short. So it is sent only when there is something with a
-//!   lifetime. **Open:** a drop of pages and a local WRITE throw such a reply away as well. A thread that reads alone is not met by that, since it has
-//!   no pages before the reply is taken in; one beside another reader or a writer on this node is (docs/semantics.md).
+//!   A notification also makes the kernel throw away attributes in a reply that is written and not yet taken in, so it is sent only when there is something with
+//!   a lifetime.
+//! * The size by which the kernel reads, maps and seeks is made true before a reply on which it relies, whatever the kernel throws away: see [`super::size`].
 //! * Names: the epoch of the mount steps. The notifications for single names take locks that requests hold, and deadlock.
 //! * Pages: removed range by range around READs that wait (their pages are locked, and hold nothing). A pass that takes long is waiting for
 //!   a READ or buffered WRITE that arrived later: those are let in under the mode still held, and what they touched is passed over again.
@@ -76,8 +75,6 @@ pub struct CoherenceStats {
     pub attributes: AtomicU64,
     /// Replies before which the kernel's size of the file was looked at.
     pub sizes: AtomicU64,
-    /// Of these: went on although our thread was still clearing what is behind the end of the file.
-    pub sizes_left: AtomicU64,
     /// Write-back of a mapped page that found the node without EX: must stay 0.
     pub late_write_back: AtomicU64,
 }
@@ -164,7 +161,8 @@ impl Coherence {
         if !self.clustered {
             return;
         }
-        if let Err(e) = self.sizes.connect(dir) {
+        let Some(root) = self.nodes.get(self.nodes.no(fuser::INodeNo::ROOT.0)).last_told() else { return };
+        if let Err(e) = self.sizes.connect(dir, self.file_attr(&root, false)) {
             tracing::warn!(dir = %dir.display(), err = %e, "a read may find an end of the file that another node has moved: mount as root");
         }
     }

@@ -64,21 +64,8 @@ struct Write {
 /// What a WRITE leaves to be noted once its reply is written.
 struct Done {
     held: Held<Written>,
-    /// For a buffered one.
-    decided: Option<Decided>,
-}
-
-/// A buffered WRITE from the decision whether to order it to its reply.
-struct Decided {
-    node: Arc<Node>,
-    /// Page passes under which it was applied.
-    passes: u64,
-}
-
-impl Drop for Decided {
-    fn drop(&mut self) {
-        self.node.traffic.write_ended();
-    }
+    /// For a buffered one: the count of page passes under which it was applied.
+    passes: Option<u64>,
 }
 
 /// For as long a READ makes way for a WRITE of this node that makes the file longer, and in turn waits for the page that the READ has locked.
@@ -114,7 +101,7 @@ impl Core {
     fn write(&self, w: Write, data: &[u8]) -> Result<Done> {
         let write = || self.fs.write(w.ino, w.offset, data, w.mode);
         if !self.kernel.is_clustered() {
-            return Ok(Done { held: write()?, decided: None });
+            return Ok(Done { held: write()?, passes: None });
         }
         let name = inode_glock(w.ino.addr);
         let glocks = self.fs.volume().glocks();
@@ -124,7 +111,7 @@ impl Core {
                 self.kernel.stats.late_write_back.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(ino = w.ino.addr.0, offset = w.offset, state = ?glock.state(), "a mapped page was written back without EX");
             }
-            return Ok(Done { held: as_request(name, Class::WriteBack, false, write)?, decided: None });
+            return Ok(Done { held: as_request(name, Class::WriteBack, false, write)?, passes: None });
         }
         if w.buffered && w.mode.append && is_nowait() {
             return Err(Error::WouldBlock);
@@ -143,14 +130,9 @@ impl Core {
         })?;
         let node = self.kernel.nodes.get(w.ino);
         let pages = Pages::of(w.offset, data.len() as u64);
-        let (must_order, decided) = if w.buffered {
-            let (must_order, passes) = node.traffic.must_order(pages);
-            (must_order, Some(Decided { node: Arc::clone(&node), passes }))
-        } else {
-            (true, None)
-        };
+        let (must_order, passes) = node.traffic.must_order(pages);
         let apply = || as_request(name, Class::Pinned, false, write);
-        let ordered = self.kernel.does(Part::WriteOrder) && (must_order || w.mode.append);
+        let ordered = self.kernel.does(Part::WriteOrder) && (!w.buffered || must_order || w.mode.append);
         let mut held = if ordered {
             let own = w.buffered.then_some(pages.last);
             let mut pages = pages;
@@ -168,7 +150,7 @@ impl Core {
             apply()?
         };
         held.holders.push(pin);
-        Ok(Done { held, decided })
+        Ok(Done { held, passes: w.buffered.then_some(passes) })
     }
 
     /// `written_back`: of a mapped page, whose arrival was noted there.
@@ -181,20 +163,20 @@ impl Core {
         result: Result<Done>,
     ) {
         match result {
-            Ok(Done { held, decided }) => {
+            Ok(Done { held, passes }) => {
                 if w.mode.mapped || w.mode.kill_priv || held.value.offset != w.offset {
                     self.kernel.attributes_changed(w.ino);
                 }
                 // What lies behind the end of the file in a mapped page is written by being dropped.
                 let done = if w.mode.mapped { len } else { held.value.len };
-                if let Some(Decided { node, passes }) = &decided {
+                if let Some(passes) = passes {
                     // Before the reply: from then on the kernel may send the next one.
-                    node.traffic.wrote_through_cache(Pages::of(w.offset, len as u64), *passes);
+                    let node = self.kernel.nodes.get(w.ino);
+                    node.traffic.wrote_through_cache(Pages::of(w.offset, len as u64), passes);
                 }
                 if self.kernel.is_clustered() && !w.mode.mapped {
                     self.kernel.nodes.get(w.ino).size.lock().reaches(w.offset + done as u64, w.thread);
                 }
-                drop(decided);
                 reply.written(done as u32);
                 drop(held);
             }
@@ -231,11 +213,7 @@ impl Adapter {
             let mut read = || {
                 let held = core.fs.read(ino, offset, &mut buffer[..size as usize], direct)?;
                 let short = held.value < size as usize;
-                let end = if short {
-                    core.end_met(ino, offset + held.value as u64, Pages::of(offset, size.into()))?
-                } else {
-                    End::Right
-                };
+                let end = if short { core.end_met(ino, offset + held.value as u64)? } else { End::Right };
                 Ok((end, held))
             };
             match read() {

@@ -1,20 +1,22 @@
 //! The size in the kernel's inode, made true before a reply on which it relies.
 //!
-//! A read through pages, a mapping and a seek to the end go by the size in the kernel's inode. The kernel asks for it (GETATTR), but throws the reply away
-//! when anything of the inode has changed since it asked: another thread's reply was taken in, a WRITE ended, pages were dropped. The read then goes by the size
-//! of some time before: it ends short where another node has made the file longer, and finds zeros behind the end where one has made it shorter
-//! (`fuse_change_attributes`, `fuse_read_update_size` of Linux 6.18). So before a GETATTR is answered, and a READ that meets the end of the file, the size
-//! in the kernel's inode is compared with the true one, which stays true while the request holds the glock:
+//! Reads through pages, mappings and seeks to the end go by the size in the kernel's inode. The kernel asks for it (GETATTR), but throws the reply away when anything
+//! of the inode has changed since it asked: another thread's reply was taken in, a WRITE ended, pages were dropped. The read then goes by an older size: it ends
+//! short where another node has made the file longer, and finds zeros behind the end where one has made it shorter (`fuse_change_attributes`,
+//! `fuse_read_update_size` of Linux 6.18). So before a GETATTR is answered, and a READ that meets the end of the file, the size in the kernel's inode is
+//! compared with the true one, which stays true while the request holds the glock:
 //!
-//! * `statx` with `AT_STATX_DONT_SYNC` tells it without a request. The inode is found by its file handle, which takes no lock that a request holds; but
-//!   the root directory must be open for it. What we ask ourselves for that is answered at once, and counts nowhere.
-//! * If the size differs, a thread of ours asks as any user would (`AT_STATX_FORCE_SYNC`), and is answered at once with what is already known here; as often as it takes. The thread
-//!   may then be held up by a page that is being read, perhaps by the very READ that waits; so it is the size that is waited for, not the thread.
+//! * `statx` with `AT_STATX_DONT_SYNC` tells it without a request. The inode is found by its file handle, which takes no lock that a request holds; but the root
+//!   directory must be open for it. What we ask ourselves for that is answered at once, and counts nowhere.
+//! * If the size differs, a thread of ours sets times of the file (on a mount for reading only it asks for attributes, `AT_STATX_FORCE_SYNC`). The request is answered at once
+//!   with what is known, and changes nothing: the kernel takes the size in. The thread may then be held up by a page that is being read, perhaps by the very READ
+//!   that waits: so the size is waited for, and the reply written, before the thread is.
 //! * Replies that are written and not yet taken in could undo it. A notification before makes the kernel throw these away too.
 //!
-//! A size that the kernel takes in makes it clear the pages behind, a moment later and without any lock: what another reply or WRITE has brought there meanwhile
-//! would be cleared too. So the glock is kept until our thread has come back, and no reply but ours changes the size in the kernel's inode: those to LOOKUP, SETATTR and LINK are
-//! written when it is right already.
+//! With a size the kernel clears pages behind it, a moment later. What a WRITE had filled into them would go to the LUN as zeros; so it has to be a SETATTR, during which nobody
+//! writes (`i_rwsem`). What another READ had brought there after the file was made longer would be cleared too; so the glock is kept until the thread has come back. No other
+//! reply changes the size in the kernel's inode: those to LOOKUP and CREATE are written when it is right already, and behind those to SETATTR and LINK, which come with `i_rwsem` held, a thread of ours
+//! is sent in any case: when it comes back the kernel is done with them.
 //!
 //! Most replies need none of this: [`Possible`] knows what the kernel's size may be. What remains open is told in docs/semantics.md.
 //!
@@ -23,7 +25,6 @@
 use super::adapter::Core;
 use super::coherence::{Coherence, Part};
 use super::node::Node;
-use super::range::Pages;
 use super::traffic::Errand;
 use crate::glock::{Class, Glock, as_request, is_nowait};
 use crate::ondisk::dinode::{S_IFMT, S_IFREG};
@@ -47,8 +48,12 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_micros(200);
 /// For as long the glock is held for it. It takes microseconds, unless the kernel takes nothing in.
 const PATIENCE: Duration = Duration::from_millis(5);
+/// The same behind a reply, since nobody waits for us: for a thread that has to be given a processor.
+const PATIENCE_AFTER: Duration = Duration::from_millis(200);
+/// A thread that was told of the size waits for nothing but a processor and READs, which are let in; but for one that came with the first handle for writing, and wants EX.
+const TOLD_LIMIT: Duration = Duration::from_secs(1);
 /// For as long a request is held up by it.
-pub(super) const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(10);
 /// Threads that ask, for all inodes.
 const MAX_ASKING: usize = 1024;
 
@@ -126,13 +131,27 @@ struct Place {
     device: (u32, u32),
 }
 
+/// What our threads are told of an inode.
+struct Told {
+    /// None any more when nobody needs it, since it may have become wrong.
+    attr: Option<FileAttr>,
+    /// One was told: the kernel will take it in, whatever has happened meanwhile.
+    answered: bool,
+}
+
+impl Told {
+    fn new(attr: FileAttr) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self { attr: Some(attr), answered: false }))
+    }
+}
+
 /// What one of our threads asks ourselves.
 #[derive(Clone)]
 enum Question {
     /// What opening the root directory takes.
     Root,
-    /// The attributes of an inode; none any more when nobody needs the answer, which may have become wrong.
-    Attributes(INodeNo, Arc<Mutex<Option<FileAttr>>>),
+    /// The attributes of an inode.
+    Attributes(INodeNo, Arc<Mutex<Told>>),
 }
 
 /// Our own questions to the kernel of one mount.
@@ -143,6 +162,8 @@ pub(super) struct Sizes {
     /// Entries of `asking`.
     count: AtomicUsize,
     threads: Workers,
+    /// For those who wait behind a reply.
+    after: Workers,
 }
 
 impl Sizes {
@@ -152,17 +173,20 @@ impl Sizes {
             asking: Mutex::default(),
             count: AtomicUsize::new(0),
             threads: Workers::new("gfs-size", MAX_ASKING),
+            after: Workers::new("gfs-after", MAX_ASKING),
         }
     }
 
     /// `dir`: absolute path of the mount, which is served already.
-    /// Errors: EPERM without `CAP_DAC_READ_SEARCH`, which file handles need; sizes are not compared then.
-    pub(super) fn connect(&self, dir: &Path) -> io::Result<()> {
+    /// Errors: EPERM without `CAP_DAC_READ_SEARCH`, which file handles need, or without the right to set times; sizes are not compared then.
+    pub(super) fn connect(&self, dir: &Path, root_attr: FileAttr) -> io::Result<()> {
         let dir = CString::new(dir.as_os_str().as_bytes())?;
         let root = self.ask(Question::Root, || open(&dir))?;
         let device = look(&root, libc::AT_STATX_DONT_SYNC)?.1;
         let place = Place { dir, device };
-        self.find(&place, INodeNo::ROOT, 0)?;
+        let found = self.find(&place, INodeNo::ROOT, 0)?;
+        let question = Question::Attributes(INodeNo::ROOT, Told::new(root_attr));
+        self.ask(question, || take_in(&found))?;
         let _ = self.place.set(place);
         Ok(())
     }
@@ -250,17 +274,8 @@ fn look(file: &OwnedFd, sync: i32) -> io::Result<(u64, (u32, u32))> {
     Ok((about.stx_size, (about.stx_dev_major, about.stx_dev_minor)))
 }
 
-/// Nobody is told any more what was known here.
-struct Withdrawn(Arc<Mutex<Option<FileAttr>>>);
-
-impl Drop for Withdrawn {
-    fn drop(&mut self) {
-        *self.0.lock() = None;
-    }
-}
-
 impl Coherence {
-    /// A GETATTR that one of our own threads may have sent: such a one is answered here, at once, from what is known; others are handed back.
+    /// A GETATTR or SETATTR that one of our own threads may have sent: such a one is answered here, at once, from what is known; others are handed back.
     pub(super) fn answer_ourselves(&self, thread: u32, node: INodeNo, reply: ReplyAttr) -> Option<ReplyAttr> {
         match self.sizes.asked_by(thread) {
             // To open the directory the kernel wants to know who may. Whatever it takes in with this has no lifetime.
@@ -271,10 +286,13 @@ impl Coherence {
                 reply.attr(&Duration::ZERO, &self.file_attr(&root, false));
                 None
             }
-            Some(Question::Attributes(asked, attr)) if asked == node => {
-                let attr = attr.lock();
-                match &*attr {
-                    Some(attr) => reply.attr(&Duration::ZERO, attr),
+            Some(Question::Attributes(asked, told)) if asked == node => {
+                let mut told = told.lock();
+                match told.attr {
+                    Some(attr) => {
+                        told.answered = true;
+                        reply.attr(&Duration::ZERO, &attr);
+                    }
                     None => reply.error(Errno::EAGAIN),
                 }
                 None
@@ -293,28 +311,27 @@ impl Coherence {
     }
 
     /// Makes the size in the kernel's inode true, with the inode's glock held since `attr` was read; in EX, if READs of this node take EX.
-    /// `locked`: pages that the request itself has locked.
-    /// None: the glock has to be given back first. The kernel takes nothing in, as long as a WRITE or SETATTR of this inode that changes its size waits for
-    /// it; and what a buffered WRITE has put into pages must not be cleared before it is applied.
-    fn settle(self: &Arc<Self>, glock: &Arc<Glock>, attr: &Attr, locked: Option<Pages>) -> Option<Settled> {
+    /// None: the glock has to be given back first, since a WRITE or SETATTR of this node waits for it.
+    fn settle(self: &Arc<Self>, glock: &Arc<Glock>, attr: &Attr, how: How) -> Option<Settled> {
         let node = self.nodes.get(attr.ino);
         let place = self.sizes.place.get()?;
         self.stats.sizes.fetch_add(1, Ordering::Relaxed);
         glock.open_window();
         let mut settled = Settled {
-            kernel: Arc::clone(self),
             glock: Arc::clone(glock),
             node,
-            attr: *attr,
+            size: attr.size,
+            told: Told::new(self.file_attr(attr, false)),
             is_true: false,
             errand: None,
         };
-        match self.make_true(place, &mut settled, locked) {
+        match self.make_true(place, &mut settled, attr, how) {
             Ok(true) => Some(settled),
             Ok(false) => None,
+            // The kernel has forgotten it.
+            Err(e) if e.raw_os_error() == Some(libc::ESTALE) => Some(settled),
             Err(e) => {
-                // Forgotten by the kernel, or the mount is no longer where it was.
-                tracing::debug!(ino = attr.ino.addr.0, err = %e, "the kernel's size of a file is not known");
+                tracing::warn!(ino = attr.ino.addr.0, err = %e, "the kernel's size of a file cannot be compared");
                 Some(settled)
             }
         }
@@ -324,29 +341,32 @@ impl Coherence {
         self: &Arc<Self>,
         place: &Place,
         settled: &mut Settled,
-        locked: Option<Pages>,
+        attr: &Attr,
+        how: How,
     ) -> io::Result<bool> {
-        let attr = settled.attr;
         let id = INodeNo(self.nodes.id(attr.ino));
         let file = Arc::new(self.sizes.find(place, id, attr.ino.formal)?);
         self.attributes_changed(attr.ino);
         let started = Instant::now();
-        let told = Withdrawn(Arc::new(Mutex::new(Some(self.file_attr(&attr, false)))));
-        while started.elapsed() < PATIENCE {
+        if how == How::Surely {
+            settled.errand = Some(self.send_to_ask(id, &file, &settled.told));
+        }
+        let patience = if how == How::Surely { PATIENCE_AFTER } else { PATIENCE };
+        // What a thread was told is taken in.
+        while started.elapsed() < patience || (started.elapsed() < TOLD_LIMIT && settled.told.lock().answered)
+        {
             let (size, device) = look(&file, libc::AT_STATX_DONT_SYNC)?;
             if device != place.device {
                 return Err(io::Error::other("another file system is mounted there"));
             }
-            if size == attr.size {
+            if size == attr.size && (how == How::IfItDiffers || settled.errand.is_none()) {
                 settled.is_true = true;
                 return Ok(true);
             }
-            if settled.errand.as_ref().is_none_or(|e| e.wait(LOOK)) {
-                settled.errand = None;
-                if !settled.node.traffic.errand_begins() {
-                    return Ok(false);
-                }
-                settled.errand = Some(self.send_to_ask(settled, id, &file, &told.0, locked));
+            match &settled.errand {
+                None => settled.errand = Some(self.send_to_ask(id, &file, &settled.told)),
+                Some(errand) if errand.wait(LOOK) => settled.errand = None,
+                Some(_) => {}
             }
         }
         Ok(false)
@@ -354,51 +374,69 @@ impl Coherence {
 
     fn send_to_ask(
         self: &Arc<Self>,
-        settled: &Settled,
         id: INodeNo,
         file: &Arc<OwnedFd>,
-        told: &Arc<Mutex<Option<FileAttr>>>,
-        locked: Option<Pages>,
+        told: &Arc<Mutex<Told>>,
     ) -> Arc<Errand> {
         let errand = Arc::new(Errand::default());
-        let (me, its, node) = (Arc::clone(self), Arc::clone(&errand), Arc::clone(&settled.node));
+        let (me, its) = (Arc::clone(self), Arc::clone(&errand));
         let (file, told) = (Arc::clone(file), Arc::clone(told));
-        let (ino, end) = (settled.attr.ino, Pages::of(settled.attr.size, 1));
         self.sizes.threads.run(move || {
-            // Who has this page locked would have its thread wait in the middle: better before, when it is not too late to be withdrawn.
-            if !locked.is_some_and(|pages| pages.overlaps(end)) {
-                me.drop_range(ino, end);
-            }
-            let _ = me.sizes.ask(Question::Attributes(id, told), || look(&file, libc::AT_STATX_FORCE_SYNC));
+            let _ = me.sizes.ask(Question::Attributes(id, told), || take_in(&file));
             drop(file);
-            // Whatever was cleared too late is read again.
-            its.done(|| me.drop_range(ino, end));
-            node.traffic.left_drop_ended();
+            its.done(|| ());
         });
         errand
     }
 }
 
+/// Whether our thread is sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum How {
+    IfItDiffers,
+    /// Also to wait for those who hold `i_rwsem`.
+    Surely,
+}
+
+/// Has the kernel ask us for attributes, and take in whatever is answered.
+fn take_in(file: &OwnedFd) -> io::Result<()> {
+    // SAFETY: an empty C string, and no times are "now".
+    let set =
+        unsafe { libc::utimensat(file.as_raw_fd(), c"".as_ptr(), std::ptr::null(), libc::AT_EMPTY_PATH) };
+    if set == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::EROFS) => look(file, libc::AT_STATX_FORCE_SYNC).map(drop),
+        e => Err(e),
+    }
+}
+
 /// Our thread may still be clearing what is behind the size that the kernel has taken in. READs, for which it may wait, are let in.
 pub(super) struct Settled {
-    kernel: Arc<Coherence>,
     glock: Arc<Glock>,
     node: Arc<Node>,
-    attr: Attr,
+    size: u64,
+    told: Arc<Mutex<Told>>,
     is_true: bool,
     errand: Option<Arc<Errand>>,
 }
 
 impl Drop for Settled {
-    /// Waits for the thread. With the glock still held.
+    /// With the glock still held: a thread that was told of the size has come back, others will not be told.
     fn drop(&mut self) {
-        let patience = if self.is_true { PATIENCE } else { Duration::ZERO };
-        let ended = self.errand.take().is_none_or(|e| e.wait(patience) || e.leave(|| ()));
+        let answered = {
+            let mut told = self.told.lock();
+            told.attr = None;
+            told.answered
+        };
+        let ended = self.errand.take().is_none_or(|errand| !answered || errand.wait(TOLD_LIMIT));
+        if !ended {
+            tracing::error!(glock = %self.glock.name(), size = self.size, "the kernel does not come to an end with the size of a file");
+        }
         self.glock.shut_window();
-        if self.is_true && !ended {
-            self.kernel.stats.sizes_left.fetch_add(1, Ordering::Relaxed);
-        } else if self.is_true {
-            *self.node.size.lock() = Possible::agreed(self.attr.size);
+        if self.is_true {
+            *self.node.size.lock() = Possible::agreed(self.size);
         }
     }
 }
@@ -426,13 +464,12 @@ impl Core {
                 exclusive = true;
                 false
             } else {
-                self.kernel.settle(&glock, &held.value, None).is_some()
+                self.kernel.settle(&glock, &held.value, How::IfItDiffers).is_some()
             };
             if settled {
                 return Ok(held);
             }
             drop(held);
-            node.traffic.wait_unwritten(PATIENCE);
             if Instant::now() > deadline {
                 tracing::error!(ino = ino.addr.0, "the kernel does not take in the size of a file");
                 return self.fs.getattr(ino);
@@ -459,18 +496,24 @@ impl Core {
         }
     }
 
-    /// Before a change of attributes other than the size, whose reply the kernel takes in without a look at what has happened since it asked.
-    pub(super) fn agree_first(&self, ino: InodeNo, thread: u32) -> Result<()> {
-        if self.kernel.is_clustered() {
-            as_request(inode_glock(ino.addr), Class::Ordinary, true, || self.getattr(ino, thread)).map(drop)
-        } else {
-            Ok(())
+    /// A reply to CREATE that opens what is there already: if not, the size has to be made true first.
+    pub(super) fn may_be_told(&self, attr: &Attr, thread: u32) -> bool {
+        self.kernel.agrees(attr, thread)
+    }
+
+    /// The reply to a SETATTR or LINK is written: if it changes the size in the kernel's inode, the glock is kept until the kernel has done so.
+    pub(super) fn after_change(&self, held: Held<Attr>, thread: u32) {
+        if self.kernel.agrees(&held.value, thread) {
+            return;
         }
+        let (kernel, glock) =
+            (Arc::clone(&self.kernel), self.fs.volume().glocks().get(inode_glock(held.value.ino.addr)));
+        self.kernel.sizes.after.run(move || drop(kernel.settle(&glock, &held.value, How::Surely)));
     }
 
     /// A READ with the glock held has met the end of the file at `end`, or begins behind it.
     /// Errors: [`Error::WouldBlock`] on a thread that may not wait.
-    pub(super) fn end_met(&self, ino: InodeNo, end: u64, pages: Pages) -> Result<End> {
+    pub(super) fn end_met(&self, ino: InodeNo, end: u64) -> Result<End> {
         if !self.kernel.is_clustered() {
             return Ok(End::Right);
         }
@@ -484,7 +527,7 @@ impl Core {
                     return Err(Error::WouldBlock);
                 }
                 let glock = self.fs.volume().glocks().get(name);
-                result = self.kernel.settle(&glock, &attr, Some(pages)).map_or(End::Wrong, End::Settled);
+                result = self.kernel.settle(&glock, &attr, How::IfItDiffers).map_or(End::Wrong, End::Settled);
             }
         }
         node.size.lock().ends(end);

@@ -50,10 +50,8 @@ struct State {
     /// Passes so far; a buffered WRITE that is the first after one has to order itself.
     passes: u64,
     written_after: u64,
-    /// Drops of single WRITEs that were left behind, and threads that clear what is behind the end of the file: they remove pages when they get to it.
+    /// Drops of single WRITEs that were left behind and still remove pages when they get to it.
     left_behind: u32,
-    /// Buffered WRITEs of which it is decided whether they are ordered, and that are not answered yet.
-    deciding: u32,
 }
 
 #[derive(Default)]
@@ -143,40 +141,13 @@ impl Traffic {
     }
 
     /// Whether the pages of a buffered WRITE that arrives now may have gone and come back since the kernel filled them; and the count for
-    /// `wrote_through_cache`. To be followed by [`Traffic::write_ended`].
+    /// `wrote_through_cache`.
     pub(super) fn must_order(&self, pages: Pages) -> (bool, u64) {
-        let mut state = self.state.lock();
-        state.deciding += 1;
+        let state = self.state.lock();
         let passed = state.pass.is_some() || state.left_behind > 0 || state.passes > state.written_after;
         let read =
             || state.read_since_write.overlaps(pages) || state.reads.iter().any(|r| r.pages.overlaps(pages));
         (passed || read(), state.passes)
-    }
-
-    /// It was answered, or begins again.
-    pub(super) fn write_ended(&self) {
-        let mut state = self.state.lock();
-        state.deciding -= 1;
-        if state.deciding == 0 {
-            self.changed.notify_all();
-        }
-    }
-
-    /// Pages are about to be removed on an errand, until [`Traffic::left_drop_ended`], and what WRITEs that come meanwhile have put into them: those are
-    /// ordered. False: not now, since there is one of which that is decided.
-    pub(super) fn errand_begins(&self) -> bool {
-        let mut state = self.state.lock();
-        if state.deciding == 0 {
-            state.left_behind += 1;
-        }
-        state.deciding == 0
-    }
-
-    /// Returns when no buffered WRITE is being applied, or after `limit`.
-    pub(super) fn wait_unwritten(&self, limit: Duration) {
-        let mut state = self.state.lock();
-        let deadline = Instant::now() + limit;
-        while state.deciding > 0 && !self.changed.wait_until(&mut state, deadline).timed_out() {}
     }
 
     /// Write-back of a mapped page has arrived.
