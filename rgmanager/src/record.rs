@@ -109,6 +109,21 @@ impl Record {
         }
     }
 
+    /// Nothing runs any more, though the owner has not said so. Who asked for a stop is obeyed; nobody else waits.
+    pub fn end_stop(&mut self, at: u64) {
+        let after = self.after_stop.take();
+        assert!(
+            after.is_none() || matches!(self.state, ServiceState::Stopping | ServiceState::Recoverable),
+            "invariant: only a stop has something to follow it"
+        );
+        self.parked = after == Some(AfterStop::Stopped);
+        let is_disabled = after == Some(AfterStop::Disabled);
+        if self.parked || is_disabled {
+            self.take_over_from = None;
+        }
+        self.enter(if is_disabled { ServiceState::Disabled } else { ServiceState::Stopped }, at);
+    }
+
     pub fn enter(&mut self, state: ServiceState, at: u64) {
         self.state = state;
         self.transition = at;

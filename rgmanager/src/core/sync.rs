@@ -22,6 +22,13 @@ impl Core {
         self.members = members;
         self.is_clear = false;
         self.leaving.retain(|p| self.members.contains(p));
+        // A node event gives parked services another chance; not those whose stop ends with it.
+        if let Some(records) = &mut self.records {
+            for r in records.values_mut() {
+                r.parked = false;
+                r.tried.clear();
+            }
+        }
         for (p, clean) in left {
             if clean {
                 log(out, Level::Notice, &format!("Member {} shutting down", p.node));
@@ -29,13 +36,6 @@ impl Core {
                 self.release_of(p, out);
             } else {
                 log(out, Level::Info, &format!("State change: {} DOWN", self.config.node_name(p.node)));
-            }
-        }
-        // A node event gives parked services another chance.
-        if let Some(records) = &mut self.records {
-            for r in records.values_mut() {
-                r.parked = false;
-                r.tried.clear();
             }
         }
         self.start_sync(out);
@@ -78,7 +78,7 @@ impl Core {
         }
     }
 
-    /// The owner is proven dead, or has left: what it held is stopped now.
+    /// The owner is proven dead, or has left: what it held is stopped now, and disabled if that was to follow.
     fn release_of(&mut self, dead: Proc, out: &mut Vec<Output>) {
         assert!(dead != self.me, "invariant: a fenced incarnation hears of it by its own end");
         let wall = self.wall;
@@ -86,12 +86,10 @@ impl Core {
         for (svc, r) in records.iter_mut().filter(|(_, r)| r.owner == dead && r.state.is_held()) {
             r.last_owner = dead.node;
             r.owner = NOBODY;
-            r.after_stop = None;
             r.take_over_from = Some(dead.node);
             r.target = None;
             r.tried.clear();
-            r.parked = false;
-            r.enter(ServiceState::Stopped, wall);
+            r.end_stop(wall);
             out.push(Output::Changed { svc: svc.clone() });
         }
     }
@@ -257,8 +255,7 @@ fn corrected(svc: &str, mut r: Record, seen: &BTreeMap<Proc, Hello>) -> Record {
             r.last_owner = r.owner.node;
             r.owner = NOBODY;
             r.target = None;
-            let is_disabled = r.after_stop.take() == Some(AfterStop::Disabled);
-            r.enter(if is_disabled { ServiceState::Disabled } else { ServiceState::Stopped }, at);
+            r.end_stop(at);
         }
         (None, _) => {}
     }

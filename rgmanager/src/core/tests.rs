@@ -2,7 +2,7 @@
 //! Checked at every step: a service's agents run on at most one node that is not proven dead (I20).
 
 use super::*;
-use crate::record::{Record, ServiceState};
+use crate::record::{NOBODY, Record, ServiceState};
 use cairn_base::{Incarnation, Rng};
 
 const CONF: &str = r#"<cluster name="c" config_version="1">
@@ -466,6 +466,63 @@ fn what_a_leaver_could_not_say_any_more_holds_nothing() {
         (bus.record("service:web").owner, bus.record("service:web").state),
         (p[1], ServiceState::Started)
     );
+}
+
+/// An administrator's stop does not end: its owner dies in it, or goes and nobody has heard.
+#[test]
+fn a_disable_or_stop_holds_though_the_owner_does_not_live_to_say_it() {
+    for (op, state) in [(AdminOp::Disable, ServiceState::Disabled), (AdminOp::Stop, ServiceState::Stopped)] {
+        for goes in [false, true] {
+            let (mut bus, p) = three(0);
+            assert_eq!(bus.record("service:web").owner, p[0]);
+            bus.event(p[1], Event::Request { id: 1, svc: "service:web".into(), op: op.clone(), at: 1 });
+            while p.iter().any(|q| bus.deliver(*q)) {}
+            let r = bus.record("service:web");
+            assert_eq!((r.owner, r.state), (p[0], ServiceState::Stopping), "{op:?}");
+            if goes {
+                // It has ended well, which is not ordered any more.
+                bus.nodes.remove(&p[0]);
+                bus.members.remove(&p[0]);
+                bus.new_view(vec![(p[0], true)]);
+            } else {
+                bus.crash(p[0]);
+                bus.settle();
+                assert_eq!(bus.nodes[&p[1]].replies, [], "nothing is promised before the fence");
+                bus.fence(p[0]);
+            }
+            bus.settle();
+            let r = bus.record("service:web");
+            assert_eq!((r.owner, r.state), (NOBODY, state), "{op:?}, goes {goes}");
+            assert!(bus.nodes.values().all(|n| !n.held.contains("service:web")), "{op:?}, goes {goes}");
+            assert_eq!(bus.nodes[&p[1]].replies, [(1, AdminCode::Success)]);
+            bus.event(
+                p[1],
+                Event::Request {
+                    id: 2,
+                    svc: "service:web".into(),
+                    op: AdminOp::Enable { target: None },
+                    at: 1,
+                },
+            );
+            bus.settle();
+            assert_eq!(bus.record("service:web").owner, p[1], "it can be enabled again");
+        }
+    }
+}
+
+/// The owner is dead already, and not yet fenced, when the administrator asks.
+#[test]
+fn a_disable_between_crash_and_fence_holds() {
+    let (mut bus, p) = three(0);
+    bus.crash(p[0]);
+    bus.settle();
+    bus.event(p[1], Event::Request { id: 1, svc: "service:web".into(), op: AdminOp::Disable, at: 1 });
+    bus.settle();
+    assert_eq!(bus.record("service:web").state, ServiceState::Stopping);
+    bus.fence(p[0]);
+    bus.settle();
+    assert_eq!(bus.record("service:web").state, ServiceState::Disabled);
+    assert_eq!(bus.nodes[&p[1]].replies, [(1, AdminCode::Success)]);
 }
 
 /// New lives become quorate while one of before, of which they have never heard, still runs everything.
