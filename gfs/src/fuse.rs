@@ -8,7 +8,6 @@
 //! | `listing` | READDIR, READDIRPLUS |
 //! | `coherence` | demotions against the kernel's caches; lifetimes |
 //! | `traffic` | order of READs and WRITEs on the same pages |
-//! | `size` | the size in the kernel's inode, for those who go by it |
 //! | `second_look` | the path walk after an ESTALE finds what it may open |
 //! | `node` `notify` `range` `convert` | per-inode records, raw notifications, page ranges, types |
 //!
@@ -25,7 +24,6 @@ mod node;
 mod notify;
 mod range;
 mod second_look;
-mod size;
 #[cfg(test)]
 mod tests;
 mod traffic;
@@ -117,7 +115,6 @@ fn mount_adapter(
     config.n_threads = Some(options.threads);
     config.clone_fd = true;
     let failed = |e: std::io::Error| Error::Mount(mount_failure(dir, &e));
-    let place = dir.canonicalize().map_err(failed)?;
     let session = Session::new(adjust(Adapter::new(Arc::clone(&core))), dir, &config).map_err(failed)?;
     let notify = Notify::new(session.as_fd().try_clone_to_owned().map_err(failed)?);
     #[cfg(test)]
@@ -126,7 +123,6 @@ fn mount_adapter(
     let session = session.spawn().map_err(failed)?;
     let mounted = Mounted { session, core, dir: dir.to_owned() };
     mounted.set_read_ahead(options.read_ahead_kb);
-    mounted.core.kernel.connect_sizes(&place);
     Ok(mounted)
 }
 

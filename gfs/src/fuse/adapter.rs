@@ -29,9 +29,6 @@ const MAX_WRITE_BACK: usize = 256;
 /// One READ or WRITE.
 const MAX_TRANSFER: u32 = 1 << 20;
 
-/// Handle of a directory that we have opened ourselves: see [`super::size`].
-const OURS: u64 = 1;
-
 /// What request threads share.
 pub(super) struct Core {
     pub(super) fs: Arc<Fs>,
@@ -96,12 +93,23 @@ impl Adapter {
         });
     }
 
+    fn serve_attr(&self, reply: ReplyAttr, op: impl Fn(&Core) -> Result<Held<Attr>> + Send + 'static) {
+        self.serve(reply, op, |core, reply, result| match result {
+            Ok(held) => {
+                let node = core.kernel.nodes.get(held.value.ino);
+                let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
+                reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
+                drop(held);
+            }
+            Err(e) => reply.error(errno(&e)),
+        });
+    }
+
     /// CREATE and its like, except for opening: a new name in `dir`.
     fn serve_new(
         &self,
         reply: ReplyEntry,
         dir: InodeNo,
-        thread: u32,
         op: impl Fn(&Core) -> Result<Held<Attr>> + Send + 'static,
     ) {
         self.serve(reply, op, move |core, reply, result| match result {
@@ -111,7 +119,7 @@ impl Adapter {
                 let names = core.kernel.name_ttl(&core.kernel.nodes.get(dir));
                 let attr = core.kernel.file_attr(&held.value, true);
                 reply.entry_with_ttls(&ttl, &names, &attr, generation(&held.value));
-                core.after_change(held, thread);
+                drop(held);
             }
             Err(e) => reply.error(errno(&e)),
         });
@@ -256,14 +264,13 @@ impl Filesystem for Adapter {
         self.core.probe.asked.forgets.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
     }
 
-    fn getattr(&self, req: &Request, node: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        let Some(reply) = self.core.kernel.answer_ourselves(req.pid(), node, reply) else { return };
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         #[cfg(test)]
         self.core.probe.asked.single.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let (ino, thread) = (self.ino(node), req.pid());
+        let ino = self.ino(ino);
         self.serve(
             reply,
-            move |core| core.getattr(ino, thread),
+            move |core| core.fs.getattr(ino),
             move |core, reply, result| match result {
                 Ok(held) => {
                     let ttl = core.kernel.attr_ttl(&core.kernel.nodes.get(ino), &held.value);
@@ -293,8 +300,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let Some(reply) = self.core.kernel.answer_ourselves(req.pid(), ino, reply) else { return };
-        let (ino, thread) = (self.ino(ino), req.pid());
+        let ino = self.ino(ino);
         let set = SetAttr {
             mode,
             uid,
@@ -306,25 +312,7 @@ impl Filesystem for Adapter {
             // The kernel's own word on this (FATTR_KILL_SUIDGID) is not passed on; the superuser is who keeps the bits.
             kill_priv: size.is_some() && req.uid() != 0,
         };
-        self.serve(
-            reply,
-            move |core| {
-                let held = core.fs.setattr(ino, &set)?;
-                if core.kernel.is_clustered() && size.is_some() {
-                    core.kernel.nodes.get(ino).size.lock().forget_writes();
-                }
-                Ok(held)
-            },
-            move |core, reply, result| match result {
-                Ok(held) => {
-                    let node = core.kernel.nodes.get(held.value.ino);
-                    let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
-                    reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
-                    core.after_change(held, thread);
-                }
-                Err(e) => reply.error(errno(&e)),
-            },
-        );
+        self.serve_attr(reply, move |core| core.fs.setattr(ino, &set));
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
@@ -343,12 +331,12 @@ impl Filesystem for Adapter {
     ) {
         let Some(node) = new_node(mode, rdev) else { return reply.error(Errno::EINVAL) };
         let (dir, name, who) = (self.ino(parent), owned(name), caller(req));
-        self.serve_new(reply, dir, req.pid(), move |core| core.fs.mknod(who, dir, &name, mode, node));
+        self.serve_new(reply, dir, move |core| core.fs.mknod(who, dir, &name, mode, node));
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
         let (dir, name, who) = (self.ino(parent), owned(name), caller(req));
-        self.serve_new(reply, dir, req.pid(), move |core| core.fs.mkdir(who, dir, &name, mode));
+        self.serve_new(reply, dir, move |core| core.fs.mkdir(who, dir, &name, mode));
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -364,7 +352,7 @@ impl Filesystem for Adapter {
     fn symlink(&self, req: &Request, parent: INodeNo, link_name: &OsStr, target: &Path, reply: ReplyEntry) {
         let (dir, name, who) = (self.ino(parent), owned(link_name), caller(req));
         let target = owned(target.as_os_str());
-        self.serve_new(reply, dir, req.pid(), move |core| core.fs.symlink(who, dir, &name, &target));
+        self.serve_new(reply, dir, move |core| core.fs.symlink(who, dir, &name, &target));
     }
 
     fn rename(
@@ -402,9 +390,9 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn link(&self, req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+    fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
         let (ino, dir, name) = (self.ino(ino), self.ino(newparent), owned(newname));
-        self.serve_new(reply, dir, req.pid(), move |core| core.fs.link(ino, dir, &name));
+        self.serve_new(reply, dir, move |core| core.fs.link(ino, dir, &name));
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -460,19 +448,7 @@ impl Filesystem for Adapter {
                 }
                 // Another node may have made it since the kernel looked.
                 let existing = Existing { truncate, kill_priv, may: &|dir, file| opener.may(dir, file) };
-                loop {
-                    let held = core.fs.create_or_open(who, dir, &name, mode, &existing)?;
-                    if core.may_be_told(&held.value, thread) {
-                        return Ok(held);
-                    }
-                    core.fs.release(held.value.ino);
-                    let ino = held.value.ino;
-                    drop(held);
-                    match core.getattr(ino, thread) {
-                        Ok(_) | Err(Error::Errno(libc::ESTALE)) => {}
-                        Err(e) => return Err(e),
-                    }
-                }
+                core.fs.create_or_open(who, dir, &name, mode, &existing)
             },
             move |core, reply, result| {
                 core.opened(thread, &result);
@@ -517,7 +493,7 @@ impl Filesystem for Adapter {
 
     fn write(
         &self,
-        req: &Request,
+        _req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -527,16 +503,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.serve_write(
-            self.ino(ino),
-            Handle::from(fh),
-            offset,
-            data,
-            write_flags,
-            flags.0,
-            req.pid(),
-            reply,
-        );
+        self.serve_write(self.ino(ino), Handle::from(fh), offset, data, write_flags, flags.0, reply);
     }
 
     fn flush(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
@@ -569,10 +536,7 @@ impl Filesystem for Adapter {
         self.sync(ino, datasync, reply);
     }
 
-    fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        if self.core.kernel.sizes.is_asking(req.pid()) {
-            return reply.opened(FileHandle(OURS), FopenFlags::empty());
-        }
+    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let ino = self.ino(ino);
         self.serve(
             reply,
@@ -603,10 +567,15 @@ impl Filesystem for Adapter {
         self.serve_readdirplus(self.ino(ino), offset, reply);
     }
 
-    fn releasedir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        if fh.0 != OURS {
-            self.core.fs.release(self.ino(ino));
-        }
+    fn releasedir(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.core.fs.release(self.ino(ino));
         reply.ok();
     }
 
@@ -704,7 +673,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        req: &Request,
+        _req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -719,21 +688,8 @@ impl Filesystem for Adapter {
             PUNCH => Fallocate::PunchHole,
             _ => return reply.error(Errno::EOPNOTSUPP),
         };
-        let (ino, thread) = (self.ino(ino), req.pid());
-        self.serve(
-            reply,
-            move |core| core.fs.fallocate(ino, how, offset, length),
-            move |core, reply, result| match result {
-                Ok(held) => {
-                    if core.kernel.is_clustered() && how == Fallocate::Allocate {
-                        core.kernel.nodes.get(ino).size.lock().reaches(offset + length, thread);
-                    }
-                    reply.ok();
-                    drop(held);
-                }
-                Err(e) => reply.error(errno(&e)),
-            },
-        );
+        let ino = self.ino(ino);
+        self.serve_empty(reply, move |core| Ok(core.fs.fallocate(ino, how, offset, length)?.map(|_| ())));
     }
 
     fn lseek(

@@ -10,9 +10,10 @@
 //!   A reply gives attributes a lifetime only when the kernel's inode has them already, or is made by it: the kernel marks them valid before it
 //!   fills them in, and readers take no lock, so that a stat beside the reply would show the old ones as valid (seen: once in 500,000 stats of a file
 //!   that both mounts append to; `fuse_change_attributes` of Linux 6.18 and before). See [`SETTLED`].
-//!   A notification also makes the kernel throw away attributes in a reply that is written and not yet taken in, so it is sent only when there is something with
-//!   a lifetime.
-//! * The size by which the kernel reads, maps and seeks is made true before a reply on which it relies, whatever the kernel throws away: see [`super::size`].
+//!   A notification also makes the kernel throw away attributes in a reply that is written and not yet taken in. `stat` tells what the reply said
+//!   all the same, but a read that asked for the size goes on with the old one and ends short. So it is sent only when there is something with a
+//!   lifetime. **Open:** a drop of pages and a local WRITE throw such a reply away as well. A thread that reads alone is not met by that, since it has
+//!   no pages before the reply is taken in; one beside another reader or a writer on this node is (docs/semantics.md).
 //! * Names: the epoch of the mount steps. The notifications for single names take locks that requests hold, and deadlock.
 //! * Pages: removed range by range around READs that wait (their pages are locked, and hold nothing). A pass that takes long is waiting for
 //!   a READ or buffered WRITE that arrived later: those are let in under the mode still held, and what they touched is passed over again.
@@ -25,7 +26,6 @@
 use super::node::{Node, Nodes};
 use super::notify::{Known, Notify};
 use super::range::{Pages, RangeSet};
-use super::size::Sizes;
 use super::traffic::{Errand, STUCK};
 use crate::glock::{Glock, GlockName, GlockType, KernelCache, LockState};
 use crate::ops::Attr;
@@ -73,8 +73,6 @@ pub struct CoherenceStats {
     pub own_page: AtomicU64,
     /// Replies to GETATTR and LOOKUP with attributes.
     pub attributes: AtomicU64,
-    /// Replies before which the kernel's size of the file was looked at.
-    pub sizes: AtomicU64,
     /// Write-back of a mapped page that found the node without EX: must stay 0.
     pub late_write_back: AtomicU64,
 }
@@ -99,7 +97,6 @@ pub struct Coherence {
     /// See [`CONTENDED`].
     contended: AtomicU64,
     helpers: Workers,
-    pub(super) sizes: Sizes,
     pub stats: CoherenceStats,
     #[cfg(test)]
     pub(super) sabotage: super::tests::Sabotage,
@@ -113,7 +110,6 @@ pub(super) enum Part {
     Names,
     WriterTakesExclusive,
     WriteOrder,
-    Sizes,
 }
 
 impl Coherence {
@@ -128,7 +124,6 @@ impl Coherence {
             born: Instant::now(),
             contended: AtomicU64::new(CONTENDED.as_micros() as u64),
             helpers: Workers::new("gfs-pages", 1024),
-            sizes: Sizes::new(),
             stats: CoherenceStats::default(),
             #[cfg(test)]
             sabotage: super::tests::Sabotage::default(),
@@ -154,17 +149,6 @@ impl Coherence {
         }
         let _ = self.has_epoch.set(has_epoch);
         let _ = self.notify.set(notify);
-    }
-
-    /// See [`Sizes::connect`].
-    pub(super) fn connect_sizes(&self, dir: &std::path::Path) {
-        if !self.clustered {
-            return;
-        }
-        let Some(root) = self.nodes.get(self.nodes.no(fuser::INodeNo::ROOT.0)).last_told() else { return };
-        if let Err(e) = self.sizes.connect(dir, self.file_attr(&root, false)) {
-            tracing::warn!(dir = %dir.display(), err = %e, "a read may find an end of the file that another node has moved: mount as root");
-        }
     }
 
     /// The mount has gone, and with it what the kernel had and owed.
@@ -340,7 +324,7 @@ impl Coherence {
         Ok(value)
     }
 
-    pub(super) fn drop_range(&self, ino: InodeNo, pages: Pages) {
+    fn drop_range(&self, ino: InodeNo, pages: Pages) {
         let (offset, len) = pages.bytes();
         if let Some(notify) = self.notify.get() {
             notify.pages(self.nodes.id(ino), offset, len);
@@ -413,7 +397,6 @@ impl Coherence {
             && (node.traffic.may_have_pages() || (writers && from == LockState::Exclusive));
         if to != LockState::Shared {
             node.demoted_at.store(self.now(), Ordering::Relaxed);
-            node.size.lock().forget_writes();
         }
         if (to == LockState::Unlocked || pages)
             && node.keeps_attributes.swap(false, Ordering::AcqRel)

@@ -4,7 +4,6 @@ use super::adapter::{Adapter, Core, errno};
 use super::coherence::Part;
 use super::node::Node;
 use super::range::Pages;
-use super::size::End;
 use crate::glock::{AcquireFlags, Class, LockState, as_request, is_nowait, nowait};
 use crate::lockspace::{PlockKind, PlockRequest};
 use crate::ops::{Held, WriteMode, Written};
@@ -14,7 +13,6 @@ use fuser::{Errno, FileHandle, ReplyData, ReplyEmpty, ReplyLock, ReplyWrite, Wri
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 /// What is remembered of an open file: it is its number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -57,8 +55,6 @@ struct Write {
     mode: WriteMode,
     /// Comes from, and stays in, the kernel's pages.
     buffered: bool,
-    /// Who sends it.
-    thread: u32,
 }
 
 /// What a WRITE leaves to be noted once its reply is written.
@@ -67,9 +63,6 @@ struct Done {
     /// For a buffered one: the count of page passes under which it was applied.
     passes: Option<u64>,
 }
-
-/// For as long a READ makes way for a WRITE of this node that makes the file longer, and in turn waits for the page that the READ has locked.
-const MAX_AGAIN: Duration = Duration::from_millis(20);
 
 thread_local! {
     /// The last READ's buffer of this thread, so that not each READ clears a new one.
@@ -174,9 +167,6 @@ impl Core {
                     let node = self.kernel.nodes.get(w.ino);
                     node.traffic.wrote_through_cache(Pages::of(w.offset, len as u64), passes);
                 }
-                if self.kernel.is_clustered() && !w.mode.mapped {
-                    self.kernel.nodes.get(w.ino).size.lock().reaches(w.offset + done as u64, w.thread);
-                }
                 reply.written(done as u32);
                 drop(held);
             }
@@ -210,27 +200,19 @@ impl Adapter {
             if buffer.len() < size as usize {
                 buffer.resize(size as usize, 0);
             }
-            let mut read = || {
-                let held = core.fs.read(ino, offset, &mut buffer[..size as usize], direct)?;
-                let short = held.value < size as usize;
-                let end = if short { core.end_met(ino, offset + held.value as u64)? } else { End::Right };
-                Ok((end, held))
-            };
-            match read() {
-                Ok((end, held)) => Ok((end, held, buffer)),
+            match core.fs.read(ino, offset, &mut buffer[..size as usize], direct) {
+                Ok(held) => Ok((held, buffer)),
                 Err(e) => {
                     BUFFER.set(buffer);
                     Err(e)
                 }
             }
         };
-        let again = |(end, ..): &(End, Held<usize>, Vec<u8>)| matches!(end, End::Wrong);
-        let answer = |reply: ReplyData, result: Result<(End, Held<usize>, Vec<u8>)>| match result {
-            Ok((end, held, buffer)) => {
+        let answer = |reply: ReplyData, result: Result<(Held<usize>, Vec<u8>)>| match result {
+            Ok((held, buffer)) => {
                 reply.data(&buffer[..held.value]);
                 BUFFER.set(buffer);
-                // In this order: with the glock held.
-                Some((end, held))
+                Some(held)
             }
             Err(e) => {
                 reply.error(errno(&e));
@@ -239,7 +221,7 @@ impl Adapter {
         };
         let certain = !handle.direct && !direct;
         let fills = certain || Pages::are_whole(offset, size.into());
-        self.serve_pages(ino, Pages::of(offset, size.into()), certain, fills, reply, read, again, answer);
+        self.serve_pages(ino, Pages::of(offset, size.into()), certain, fills, reply, read, answer);
     }
 
     /// The kernel keeps the target of a symbolic link in the first page, and has that locked while it waits: as with READ.
@@ -255,12 +237,12 @@ impl Adapter {
                 None
             }
         };
-        self.serve_pages(ino, Pages { first: 0, last: 0 }, true, true, reply, read, |_| false, answer);
+        self.serve_pages(ino, Pages { first: 0, last: 0 }, true, true, reply, read, answer);
     }
 
     /// A request whose reply fills `pages` of the kernel's cache (surely when `certain`, perhaps when it `fills` whole ones).
     /// A page pass must neither wait for one that waits, nor miss one that has been
-    /// answered. `again`: it has to give the glock back and to begin anew. `answer` writes the reply, and returns the holders if there was data.
+    /// answered. `answer` writes the reply, and returns the holders if there was data.
     fn serve_pages<T: 'static, H: 'static>(
         &self,
         ino: InodeNo,
@@ -269,7 +251,6 @@ impl Adapter {
         fills: bool,
         reply: ReplyData,
         read: impl Fn(&Core) -> Result<T> + Send + 'static,
-        again: impl Fn(&T) -> bool + Send + 'static,
         answer: impl FnOnce(ReplyData, Result<T>) -> Option<H> + Send + 'static,
     ) {
         if !self.core.kernel.is_clustered() {
@@ -287,15 +268,9 @@ impl Adapter {
                     core.kernel.does(Part::WriterTakesExclusive) && node.writers.load(Ordering::SeqCst) > 0
                 };
                 let mut exclusive = writers();
-                let deadline = Instant::now() + MAX_AGAIN;
                 loop {
                     let result = as_request(name, Class::Page, exclusive, || read(core));
                     match result {
-                        Ok(value) if again(&value) && Instant::now() < deadline => {
-                            drop(value);
-                            node.traffic.read_waits(ticket);
-                            node.traffic.read_starts(ticket)?;
-                        }
                         // A writer that was counted before we had the glock may map the page before the glock goes.
                         Ok(_) if !exclusive && writers() => exclusive = true,
                         Err(Error::WouldBlock) => {
@@ -323,7 +298,6 @@ impl Adapter {
         data: &[u8],
         write_flags: WriteFlags,
         flags: i32,
-        thread: u32,
         reply: ReplyWrite,
     ) {
         let mapped = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
@@ -341,7 +315,6 @@ impl Adapter {
                 mapped,
             },
             buffered: through_pages && !direct,
-            thread,
         };
         let written_back = (mapped && self.core.kernel.is_clustered()).then(|| {
             let node = self.core.kernel.nodes.get(ino);

@@ -12,7 +12,6 @@
 //! answer EIO. Formal numbers count up in each resource group, so this is left for an inode that is exactly a multiple of 2^19 creations younger than
 //! one that another node deleted and this kernel has not forgotten.
 
-use super::size::Possible;
 use super::traffic::Traffic;
 use crate::ops::Attr;
 use crate::{BlockNo, InodeNo};
@@ -53,7 +52,6 @@ pub(super) struct Node {
     pub(super) keeps_attributes: AtomicBool,
     /// What the last reply said of its attributes, and since when replies have said the same, in microseconds of the mount.
     told: Mutex<Option<(Attr, u64)>>,
-    pub(super) size: Mutex<Possible>,
     /// Handles that may map pages for writing, counted from OPEN's arrival to RELEASE's.
     pub(super) writers: AtomicU32,
     /// Greatest epoch in which a name of this directory was handed out with a lifetime; 0 is never.
@@ -76,7 +74,6 @@ impl Node {
 
     /// The kernel is about to be told of these attributes at `now`; for how many microseconds it has been told the same.
     pub(super) fn tell(&self, attr: &Attr, now: u64) -> u64 {
-        self.size.lock().told(attr.size);
         let mut told = self.told.lock();
         match &*told {
             Some((before, since)) if before == attr => now.saturating_sub(*since),
@@ -85,10 +82,6 @@ impl Node {
                 0
             }
         }
-    }
-
-    pub(super) fn last_told(&self) -> Option<Attr> {
-        self.told.lock().map(|(attr, _)| attr)
     }
 
     /// How many references the kernel had before this one, and whether they are to an earlier inode of the same number.

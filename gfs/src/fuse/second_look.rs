@@ -96,7 +96,7 @@ fn is_file(attr: Option<&Attr>) -> Option<InodeNo> {
 impl Core {
     /// LOOKUP for `thread` (0 where the kernel does not tell).
     pub(super) fn lookup(&self, thread: u32, dir: InodeNo, name: &[u8]) -> Result<Held<Option<Attr>>> {
-        let mut found = self.lookup_agreed(dir, name, thread)?;
+        let mut found = self.fs.lookup(dir, name)?;
         if !self.looks.has(thread) {
             return Ok(found);
         }
@@ -106,12 +106,12 @@ impl Core {
             drop(found);
             match self.fs.open(ino) {
                 Err(Error::Errno(libc::ESTALE)) => {
-                    found = self.lookup_agreed(dir, name, thread)?;
+                    found = self.fs.lookup(dir, name)?;
                     continue;
                 }
                 other => drop(other?),
             }
-            match self.lookup_agreed(dir, name, thread) {
+            match self.fs.lookup(dir, name) {
                 Ok(again) if again.value.map(|attr| attr.ino) == Some(ino) => {
                     if !self.looks.pin(thread, ino) {
                         self.fs.release(ino);
