@@ -36,7 +36,7 @@ use adapter::{Adapter, Core};
 use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
 use notify::Notify;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -126,6 +126,29 @@ fn mount_adapter(
     Ok(mounted)
 }
 
+/// Major and minor number of the file system at `dir`, without a request to its server: one that waits for an answer of its own, for instance until
+/// another node gives up a lock, cannot be killed. The thread keeps `/dev/fuse` open, and the kernel keeps the thread for as long as that is open.
+fn device(dir: &Path) -> std::io::Result<(u32, u32)> {
+    let path = std::ffi::CString::new(dir.as_os_str().as_bytes())?;
+    let mut about = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: a valid C string, and a structure that the kernel fills in.
+    let result = unsafe {
+        libc::statx(
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::AT_STATX_DONT_SYNC,
+            libc::STATX_TYPE,
+            about.as_mut_ptr(),
+        )
+    };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: all of it are numbers, zeroed before.
+    let about = unsafe { about.assume_init() };
+    Ok((about.stx_dev_major, about.stx_dev_minor))
+}
+
 /// Why this process cannot serve a mount at all, before anything is touched for one.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Unusable {
@@ -187,8 +210,7 @@ impl Mounted {
 
     /// The protocol caps read-ahead at 128 KiB; the device's own setting does not.
     fn set_read_ahead(&self, kb: u32) {
-        let Ok(about) = std::fs::metadata(&self.dir) else { return };
-        let (major, minor) = (nix::sys::stat::major(about.dev()), nix::sys::stat::minor(about.dev()));
+        let Ok((major, minor)) = device(&self.dir) else { return };
         let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
         if let Err(e) = std::fs::write(&path, kb.to_string()) {
             tracing::debug!(%path, err = %e, "read-ahead stays at the kernel's default");

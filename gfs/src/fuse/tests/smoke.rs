@@ -253,6 +253,24 @@ fn everything(root: &Path) {
     assert_eq!(names(root), Vec::<String>::new());
 }
 
+/// See [`crate::fuse::device`]: a node that was killed in the middle of a mount, while the locks of the cluster stood still, never ended.
+#[test]
+fn mounting_asks_the_mount_nothing() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = Rig::new(1, 256);
+    rig.mount_shared(1);
+    let asked = || rig.mounts[0].core.probe.asked.single.load(SeqCst);
+    assert_eq!(asked(), 0);
+    let (major, minor) = crate::fuse::device(&rig.path(0)).unwrap();
+    let ahead = fs::read_to_string(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb")).unwrap();
+    assert_eq!((asked(), ahead.trim()), (0, "1024"));
+    assert_eq!(fs::metadata(rig.path(0)).unwrap().dev(), libc::makedev(major, minor));
+    assert_ne!(asked(), 0);
+    rig.end();
+}
+
 /// Runs in a process of its own (see [`client`]).
 #[test]
 fn client_of_every_system_call() {
