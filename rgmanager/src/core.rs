@@ -107,6 +107,8 @@ pub struct Core {
     round: u64,
     members: BTreeSet<Proc>,
     leaving: BTreeSet<Proc>,
+    /// Members that are proved dead already. What they have said last, a claim too, may be ordered behind the proof and before the view without them.
+    fenced: BTreeSet<Proc>,
     sync: Sync,
     records: Option<Records>,
     /// Group view in which the records were agreed on last.
@@ -143,6 +145,7 @@ impl Core {
             round: 0,
             members: BTreeSet::new(),
             leaving: BTreeSet::new(),
+            fenced: BTreeSet::new(),
             sync: Sync::Hellos { seen: BTreeMap::new() },
             records: None,
             agreed_view: 0,

@@ -140,10 +140,9 @@ impl World {
     }
 
     pub(crate) fn manager_join(&mut self, i: usize) {
-        let early = self.is(Mutant::ManagersUnfenced);
         let Some(d) = &mut self.nodes[i].daemon else { return };
         let Some(m) = &mut d.manager else { return };
-        if !m.joined && (early || d.stack.core.may_join()) && !d.stack.is_leaving() {
+        if !m.joined && d.stack.core.may_join() && !d.stack.is_leaving() {
             m.joined = d.stack.groups.join(m.client, &group(), bytes::Bytes::new()).is_ok();
         }
     }

@@ -41,7 +41,6 @@ pub(crate) enum Mutant {
     SafeAsAgreed,
     UsersAlwaysOpen,
     KillsNotRead,
-    ManagersUnfenced,
     NoVictimsAtOnce,
 }
 

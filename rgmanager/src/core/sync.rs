@@ -36,8 +36,12 @@ impl Core {
                 self.release_of(p, out);
             } else {
                 log(out, Level::Info, &format!("State change: {} DOWN", self.config.node_name(p.node)));
+                if self.fenced.contains(&p) {
+                    self.release_of(p, out);
+                }
             }
         }
+        self.fenced.retain(|p| self.members.contains(p));
         self.start_sync(out);
     }
 
@@ -62,6 +66,9 @@ impl Core {
     }
 
     pub(super) fn on_fenced(&mut self, p: Proc, out: &mut Vec<Output>) {
+        if self.members.contains(&p) {
+            self.fenced.insert(p);
+        }
         match &mut self.sync {
             Sync::AwaitRecords { buffered, .. } => buffered.push_back(Ordered::Fenced(p)),
             Sync::Agreed | Sync::Hellos { .. } => self.release_of(p, out),

@@ -442,6 +442,27 @@ fn who_the_fence_domain_never_knew_is_not_waited_for_when_it_has_no_victims() {
     assert_eq!(bus.record("service:web").state, ServiceState::Started);
 }
 
+/// A claim of one that is proved dead already is ordered behind the proof, as what the ring recovers of its last messages may be.
+#[test]
+fn a_claim_behind_the_proof_of_its_death_holds_nothing() {
+    let (mut bus, p) = three(0);
+    bus.crash(p[0]);
+    bus.settle();
+    bus.fence(p[0]);
+    let before = bus.log.len();
+    while bus.log.len() == before {
+        assert!(bus.deliver(p[1]), "it takes the service over");
+    }
+    assert!(matches!(bus.log[before], Item::Message(by, _) if by == p[1]), "its claim");
+    bus.log.insert(before, Item::Fenced(p[1]));
+    bus.nodes.remove(&p[1]);
+    bus.members.remove(&p[1]);
+    bus.new_view(vec![(p[1], false)]);
+    bus.settle();
+    let r = bus.record("service:web");
+    assert_eq!((r.owner, r.state), (p[2], ServiceState::Started));
+}
+
 /// Its last stop ends while a view is being agreed on: it goes, and nobody has heard of the stop.
 #[test]
 fn what_a_leaver_could_not_say_any_more_holds_nothing() {
