@@ -283,7 +283,8 @@ impl Coherence {
     }
 
     /// The order of a WRITE against READs of the same pages, around `apply`. The caller has the inode's glock pinned in EX.
-    /// `own`: the page that the WRITE may have locked: it ends with the first one that is not up to date. `misplaced`: with these pages the kernel did not put the data where they went.
+    /// `own`: the page that the WRITE may have locked: it ends with the first one that is not up to date.
+    /// `misplaced`: with these pages the kernel did not put the data where they went.
     pub(super) fn ordered_write<T>(
         self: &Arc<Self>,
         glock: &Arc<Glock>,
