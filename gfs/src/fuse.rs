@@ -9,6 +9,7 @@
 //! | `coherence` | demotions against the kernel's caches; lifetimes |
 //! | `traffic` | order of READs and WRITEs on the same pages |
 //! | `second_look` | the path walk after an ESTALE finds what it may open |
+//! | `size` | the size in the kernel's inode |
 //! | `node` `notify` `range` `convert` | per-inode records, raw notifications, page ranges, types |
 //!
 //! Only this module names fuser's types. Known limits of that crate are told in docs/semantics.md: no interrupts, flock and fcntl
@@ -24,6 +25,7 @@ mod node;
 mod notify;
 mod range;
 mod second_look;
+mod size;
 #[cfg(test)]
 mod tests;
 mod traffic;
@@ -120,6 +122,7 @@ fn mount_adapter(
     #[cfg(test)]
     let notify = notify.slowed(Arc::clone(&core.probe.passes));
     core.kernel.connect(notify);
+    core.kernel.sizes.mounted_at(dir);
     let session = session.spawn().map_err(failed)?;
     let mounted = Mounted { session, core, dir: dir.to_owned() };
     mounted.set_read_ahead(options.read_ahead_kb);

@@ -37,7 +37,7 @@ use queue::{Inner, Kind, Phase, Waiter};
 use rustc_hash::FxHashMap;
 use std::any::Any;
 use std::collections::VecDeque;
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -303,6 +303,13 @@ const MAX_DEMOTIONS: usize = 4096;
 
 /// What a request at the lock manager is allowed to take in `acquire_all` while other glocks are held.
 const FIRST_PATIENCE: Duration = Duration::from_millis(2);
+const MAX_PATIENCE: Duration = Duration::from_millis(200);
+
+/// From one to two times as long, by chance: two nodes of which each holds what the other wants would else give up, and begin anew, at the same time for ever (seen for 15 s).
+fn between(patience: Duration) -> Duration {
+    let chance = std::hash::RandomState::new().build_hasher().finish();
+    patience + patience.mul_f64((chance % 1024) as f64 / 1024.0)
+}
 
 impl Glocks {
     pub fn new(space: Arc<dyn LockSpace>) -> Arc<Self> {
@@ -496,12 +503,12 @@ impl Glocks {
             let order = std::iter::once(first).chain((0..list.len()).filter(|i| *i != first));
             for (step, index) in order.enumerate() {
                 let (name, state) = list[index];
-                let deadline = (step > 0).then(|| Instant::now() + patience);
+                let deadline = (step > 0).then(|| Instant::now() + between(patience));
                 match self.acquire_until(&self.get(name), state, AcquireFlags::NONE, deadline) {
                     Ok(holder) => held[index] = Some(holder),
                     Err(Error::Errno(libc::ETIMEDOUT)) => {
                         first = index;
-                        patience = (patience * 2).min(Duration::from_millis(200));
+                        patience = (patience * 2).min(MAX_PATIENCE);
                         continue 'again;
                     }
                     Err(error) => return Err(error),

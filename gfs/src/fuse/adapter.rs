@@ -29,6 +29,9 @@ const MAX_WRITE_BACK: usize = 256;
 /// One READ or WRITE.
 const MAX_TRANSFER: u32 = 1 << 20;
 
+/// Handle of a directory that we have opened ourselves: see [`super::size`].
+const OURS: u64 = 1;
+
 /// What request threads share.
 pub(super) struct Core {
     pub(super) fs: Arc<Fs>,
@@ -93,18 +96,6 @@ impl Adapter {
         });
     }
 
-    fn serve_attr(&self, reply: ReplyAttr, op: impl Fn(&Core) -> Result<Held<Attr>> + Send + 'static) {
-        self.serve(reply, op, |core, reply, result| match result {
-            Ok(held) => {
-                let node = core.kernel.nodes.get(held.value.ino);
-                let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
-                reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
-                drop(held);
-            }
-            Err(e) => reply.error(errno(&e)),
-        });
-    }
-
     /// CREATE and its like, except for opening: a new name in `dir`.
     fn serve_new(
         &self,
@@ -115,6 +106,7 @@ impl Adapter {
         self.serve(reply, op, move |core, reply, result| match result {
             Ok(held) => {
                 let (node, _) = core.remember(held.value.ino);
+                node.size.lock().told(held.value.size);
                 let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
                 let names = core.kernel.name_ttl(&core.kernel.nodes.get(dir));
                 let attr = core.kernel.file_attr(&held.value, true);
@@ -233,13 +225,14 @@ impl Filesystem for Adapter {
         let (dir, name, thread) = (self.ino(parent), owned(name), req.pid());
         self.serve(
             reply,
-            move |core| core.lookup(thread, dir, &name),
+            move |core| core.lookup_agreed(thread, dir, &name),
             move |core, reply, result| match result {
-                Ok(held) => {
+                Ok((agreement, held)) => {
                     let names = core.kernel.name_ttl(&core.kernel.nodes.get(dir));
                     if let Some(attr) = &held.value {
                         let (node, first) = core.remember(attr.ino);
-                        let ttl = core.kernel.entry_attr_ttl(&node, attr, first);
+                        node.size.lock().told(attr.size);
+                        let ttl = core.kernel.entry_attr_ttl(&node, attr, first, agreement);
                         reply.entry_with_ttls(
                             &ttl,
                             &names,
@@ -264,16 +257,17 @@ impl Filesystem for Adapter {
         self.core.probe.asked.forgets.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        let Some(reply) = self.answer_ourselves(req.pid(), ino, reply) else { return };
         #[cfg(test)]
         self.core.probe.asked.single.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let ino = self.ino(ino);
+        let (ino, thread) = (self.ino(ino), req.pid());
         self.serve(
             reply,
-            move |core| core.fs.getattr(ino),
+            move |core| core.getattr(ino, thread, fh.is_some()),
             move |core, reply, result| match result {
-                Ok(held) => {
-                    let ttl = core.kernel.attr_ttl(&core.kernel.nodes.get(ino), &held.value);
+                Ok((agreement, held)) => {
+                    let ttl = core.kernel.attr_ttl(&core.kernel.nodes.get(ino), &held.value, agreement);
                     reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
                     drop(held);
                 }
@@ -300,7 +294,8 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let ino = self.ino(ino);
+        let Some(reply) = self.answer_ourselves(req.pid(), ino, reply) else { return };
+        let (ino, thread) = (self.ino(ino), req.pid());
         let set = SetAttr {
             mode,
             uid,
@@ -312,7 +307,22 @@ impl Filesystem for Adapter {
             // The kernel's own word on this (FATTR_KILL_SUIDGID) is not passed on; the superuser is who keeps the bits.
             kill_priv: size.is_some() && req.uid() != 0,
         };
-        self.serve_attr(reply, move |core| core.fs.setattr(ino, &set));
+        self.serve(
+            reply,
+            move |core| core.fs.setattr(ino, &set),
+            move |core, reply, result| match result {
+                Ok(held) => {
+                    let node = core.kernel.nodes.get(held.value.ino);
+                    if core.kernel.is_clustered() {
+                        node.size.lock().set(held.value.size, thread);
+                    }
+                    let ttl = core.kernel.unchecked_attr_ttl(&node, &held.value);
+                    reply.attr(&ttl, &core.kernel.file_attr(&held.value, false));
+                    drop(held);
+                }
+                Err(e) => reply.error(errno(&e)),
+            },
+        );
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
@@ -455,6 +465,7 @@ impl Filesystem for Adapter {
                 match result {
                     Ok(held) => {
                         let (node, _) = core.remember(held.value.ino);
+                        node.size.lock().told(held.value.size);
                         if core.kernel.is_clustered() && handle.writer {
                             // Its glock is held in EX here.
                             core.count_writer(held.value.ino);
@@ -479,7 +490,7 @@ impl Filesystem for Adapter {
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -488,12 +499,20 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.serve_read(self.ino(ino), Handle::from(fh), offset, size.min(MAX_TRANSFER), flags.0, reply);
+        self.serve_read(
+            self.ino(ino),
+            Handle::from(fh),
+            offset,
+            size.min(MAX_TRANSFER),
+            flags.0,
+            req.pid(),
+            reply,
+        );
     }
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -503,7 +522,16 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.serve_write(self.ino(ino), Handle::from(fh), offset, data, write_flags, flags.0, reply);
+        self.serve_write(
+            self.ino(ino),
+            Handle::from(fh),
+            offset,
+            data,
+            write_flags,
+            flags.0,
+            req.pid(),
+            reply,
+        );
     }
 
     fn flush(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
@@ -536,7 +564,10 @@ impl Filesystem for Adapter {
         self.sync(ino, datasync, reply);
     }
 
-    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if self.core.kernel.sizes.is_asking(req.pid()) {
+            return reply.opened(FileHandle(OURS), FopenFlags::empty());
+        }
         let ino = self.ino(ino);
         self.serve(
             reply,
@@ -567,15 +598,10 @@ impl Filesystem for Adapter {
         self.serve_readdirplus(self.ino(ino), offset, reply);
     }
 
-    fn releasedir(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _fh: FileHandle,
-        _flags: OpenFlags,
-        reply: ReplyEmpty,
-    ) {
-        self.core.fs.release(self.ino(ino));
+    fn releasedir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        if fh.0 != OURS {
+            self.core.fs.release(self.ino(ino));
+        }
         reply.ok();
     }
 
@@ -673,7 +699,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -688,8 +714,21 @@ impl Filesystem for Adapter {
             PUNCH => Fallocate::PunchHole,
             _ => return reply.error(Errno::EOPNOTSUPP),
         };
-        let ino = self.ino(ino);
-        self.serve_empty(reply, move |core| Ok(core.fs.fallocate(ino, how, offset, length)?.map(|_| ())));
+        let (ino, thread) = (self.ino(ino), req.pid());
+        self.serve(
+            reply,
+            move |core| core.fs.fallocate(ino, how, offset, length),
+            move |core, reply, result| match result {
+                Ok(held) => {
+                    if core.kernel.is_clustered() && how == Fallocate::Allocate {
+                        core.kernel.nodes.get(ino).size.lock().reaches(offset + length, thread);
+                    }
+                    reply.ok();
+                    drop(held);
+                }
+                Err(e) => reply.error(errno(&e)),
+            },
+        );
     }
 
     fn lseek(

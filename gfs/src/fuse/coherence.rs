@@ -10,10 +10,9 @@
 //!   A reply gives attributes a lifetime only when the kernel's inode has them already, or is made by it: the kernel marks them valid before it
 //!   fills them in, and readers take no lock, so that a stat beside the reply would show the old ones as valid (seen: once in 500,000 stats of a file
 //!   that both mounts append to; `fuse_change_attributes` of Linux 6.18 and before). See [`SETTLED`].
-//!   A notification also makes the kernel throw away attributes in a reply that is written and not yet taken in. `stat` tells what the reply said
-//!   all the same, but a read that asked for the size goes on with the old one and ends short. So it is sent only when there is something with a
-//!   lifetime. **Open:** a drop of pages and a local WRITE throw such a reply away as well. A thread that reads alone is not met by that, since it has
-//!   no pages before the reply is taken in; one beside another reader or a writer on this node is (docs/semantics.md).
+//!   A notification also makes the kernel throw away attributes in a reply that is written and not yet taken in, so it is sent only when there is something with
+//!   a lifetime.
+//! * The size by which the kernel reads, maps and seeks: see [`super::size`].
 //! * Names: the epoch of the mount steps. The notifications for single names take locks that requests hold, and deadlock.
 //! * Pages: removed range by range around READs that wait (their pages are locked, and hold nothing). A pass that takes long is waiting for
 //!   a READ or buffered WRITE that arrived later: those are let in under the mode still held, and what they touched is passed over again.
@@ -26,6 +25,7 @@
 use super::node::{Node, Nodes};
 use super::notify::{Known, Notify};
 use super::range::{Pages, RangeSet};
+use super::size::{Agreement, Sizes};
 use super::traffic::{Errand, STUCK};
 use crate::glock::{Glock, GlockName, GlockType, KernelCache, LockState};
 use crate::ops::Attr;
@@ -73,6 +73,12 @@ pub struct CoherenceStats {
     pub own_page: AtomicU64,
     /// Replies to GETATTR and LOOKUP with attributes.
     pub attributes: AtomicU64,
+    /// Notifications that made the kernel's size of a file greater; threads for making it smaller; READs answered without (zeros up to the old size).
+    pub grown: AtomicU64,
+    pub shrunk: AtomicU64,
+    pub zeros: AtomicU64,
+    /// READs ahead that failed so that a buffered write could have their page.
+    pub failed_ahead: AtomicU64,
     /// Write-back of a mapped page that found the node without EX: must stay 0.
     pub late_write_back: AtomicU64,
 }
@@ -96,7 +102,8 @@ pub struct Coherence {
     born: Instant,
     /// See [`CONTENDED`].
     contended: AtomicU64,
-    helpers: Workers,
+    pub(super) helpers: Workers,
+    pub(super) sizes: Arc<Sizes>,
     pub stats: CoherenceStats,
     #[cfg(test)]
     pub(super) sabotage: super::tests::Sabotage,
@@ -110,6 +117,7 @@ pub(super) enum Part {
     Names,
     WriterTakesExclusive,
     WriteOrder,
+    Sizes,
 }
 
 impl Coherence {
@@ -124,6 +132,7 @@ impl Coherence {
             born: Instant::now(),
             contended: AtomicU64::new(CONTENDED.as_micros() as u64),
             helpers: Workers::new("gfs-pages", 1024),
+            sizes: Arc::default(),
             stats: CoherenceStats::default(),
             #[cfg(test)]
             sabotage: super::tests::Sabotage::default(),
@@ -181,9 +190,13 @@ impl Coherence {
     }
 
     /// Lifetime of attributes in the reply to a GETATTR, under the inode's glock.
-    pub(super) fn attr_ttl(&self, node: &Node, attr: &Attr) -> Duration {
+    pub(super) fn attr_ttl(&self, node: &Node, attr: &Attr, agreement: Agreement) -> Duration {
         if !self.clustered {
             return LONG;
+        }
+        if agreement == Agreement::Ignored {
+            node.untell();
+            return Duration::ZERO;
         }
         if !self.has_settled(node, attr) || self.is_contended(node) {
             return Duration::ZERO;
@@ -193,9 +206,19 @@ impl Coherence {
     }
 
     /// The same in the reply to a LOOKUP, which creates the kernel's inode (`first`), or may do so.
-    pub(super) fn entry_attr_ttl(&self, node: &Node, attr: &Attr, first: bool) -> Duration {
+    pub(super) fn entry_attr_ttl(
+        &self,
+        node: &Node,
+        attr: &Attr,
+        first: bool,
+        agreement: Agreement,
+    ) -> Duration {
         if !self.clustered {
             return LONG;
+        }
+        if agreement == Agreement::Ignored {
+            node.untell();
+            return Duration::ZERO;
         }
         let settled = self.has_settled(node, attr);
         if !(first || settled) || self.is_contended(node) || node.is_mixed() {
@@ -360,6 +383,13 @@ impl Coherence {
         errand.leave(|| node.traffic.drop_left_behind())
     }
 
+    /// The kernel's size of a file becomes at least this.
+    pub(super) fn make_greater(&self, ino: InodeNo, size: u64) {
+        if let Some(notify) = self.notify.get() {
+            notify.grow(self.nodes.id(ino), size);
+        }
+    }
+
     /// Attributes changed without the kernel's knowledge, under the glock; at once and from any thread.
     pub(super) fn attributes_changed(&self, ino: InodeNo) {
         if let Some(notify) = self.notify.get() {
@@ -398,6 +428,7 @@ impl Coherence {
             && (node.traffic.may_have_pages() || (writers && from == LockState::Exclusive));
         if to != LockState::Shared {
             node.demoted_at.store(self.now(), Ordering::Relaxed);
+            node.size.lock().forget_writes();
         }
         if (to == LockState::Unlocked || pages)
             && node.keeps_attributes.swap(false, Ordering::AcqRel)

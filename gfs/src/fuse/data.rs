@@ -4,6 +4,7 @@ use super::adapter::{Adapter, Core, errno};
 use super::coherence::Part;
 use super::node::Node;
 use super::range::Pages;
+use super::size::Shrink;
 use crate::glock::{AcquireFlags, Class, LockState, as_request, is_nowait, nowait};
 use crate::lockspace::{PlockKind, PlockRequest};
 use crate::ops::{Held, WriteMode, Written};
@@ -13,6 +14,7 @@ use fuser::{Errno, FileHandle, ReplyData, ReplyEmpty, ReplyLock, ReplyWrite, Wri
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 /// What is remembered of an open file: it is its number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,6 +57,15 @@ struct Write {
     mode: WriteMode,
     /// Comes from, and stays in, the kernel's pages.
     buffered: bool,
+    /// Who sends it.
+    thread: u32,
+}
+
+/// What a READ has come to.
+enum Read<T> {
+    Done(T),
+    /// The glock has to be given back until this has made the kernel's size of the file smaller.
+    Exceeds(Arc<Shrink>),
 }
 
 /// What a WRITE leaves to be noted once its reply is written.
@@ -167,6 +178,10 @@ impl Core {
                     let node = self.kernel.nodes.get(w.ino);
                     node.traffic.wrote_through_cache(Pages::of(w.offset, len as u64), passes);
                 }
+                if self.kernel.is_clustered() && !w.mode.mapped {
+                    // Where the kernel believes to have written.
+                    self.kernel.nodes.get(w.ino).size.lock().reaches(w.offset + done as u64, w.thread);
+                }
                 reply.written(done as u32);
                 drop(held);
             }
@@ -192,19 +207,34 @@ impl Adapter {
         offset: u64,
         size: u32,
         flags: i32,
+        thread: u32,
         reply: ReplyData,
     ) {
         let direct = flags & libc::O_DIRECT != 0;
+        let certain = !handle.direct && !direct;
+        let begun = Instant::now();
         let read = move |core: &Core| {
             let mut buffer = BUFFER.take();
             if buffer.len() < size as usize {
                 buffer.resize(size as usize, 0);
             }
-            match core.fs.read(ino, offset, &mut buffer[..size as usize], direct) {
-                Ok(held) => Ok((held, buffer)),
-                Err(e) => {
+            let mut read = || {
+                let held = core.fs.read(ino, offset, &mut buffer[..size as usize], direct)?;
+                let short = held.value < size as usize;
+                let shrink = if short { core.end_met(ino, thread, certain, begun)? } else { None };
+                Ok(match shrink {
+                    Some(shrink) => Read::Exceeds(shrink),
+                    None => Read::Done(held),
+                })
+            };
+            match read() {
+                Ok(Read::Done(held)) => Ok(Read::Done((held, buffer))),
+                other => {
                     BUFFER.set(buffer);
-                    Err(e)
+                    other.map(|read| match read {
+                        Read::Exceeds(shrink) => Read::Exceeds(shrink),
+                        Read::Done(_) => unreachable!("taken above"),
+                    })
                 }
             }
         };
@@ -219,14 +249,13 @@ impl Adapter {
                 None
             }
         };
-        let certain = !handle.direct && !direct;
         let fills = certain || Pages::are_whole(offset, size.into());
         self.serve_pages(ino, Pages::of(offset, size.into()), certain, fills, reply, read, answer);
     }
 
     /// The kernel keeps the target of a symbolic link in the first page, and has that locked while it waits: as with READ.
     pub(super) fn serve_readlink(&self, ino: InodeNo, reply: ReplyData) {
-        let read = move |core: &Core| core.fs.readlink(ino);
+        let read = move |core: &Core| core.fs.readlink(ino).map(Read::Done);
         let answer = |reply: ReplyData, result: Result<Held<Vec<u8>>>| match result {
             Ok(held) => {
                 reply.data(&held.value);
@@ -250,10 +279,14 @@ impl Adapter {
         certain: bool,
         fills: bool,
         reply: ReplyData,
-        read: impl Fn(&Core) -> Result<T> + Send + 'static,
+        read: impl Fn(&Core) -> Result<Read<T>> + Send + 'static,
         answer: impl FnOnce(ReplyData, Result<T>) -> Option<H> + Send + 'static,
     ) {
         if !self.core.kernel.is_clustered() {
+            let read = move |core: &Core| match read(core)? {
+                Read::Done(value) => Ok(value),
+                Read::Exceeds(_) => unreachable!("invariant: on a lone mount the kernel knows the size"),
+            };
             return self.serve(reply, read, move |_, reply, result| drop(answer(reply, result)));
         }
         let node = self.core.kernel.nodes.get(ino);
@@ -271,13 +304,19 @@ impl Adapter {
                 loop {
                     let result = as_request(name, Class::Page, exclusive, || read(core));
                     match result {
+                        Ok(Read::Exceeds(shrink)) => {
+                            node.traffic.read_waits(ticket);
+                            shrink.wait();
+                            node.traffic.read_starts(ticket)?;
+                        }
                         // A writer that was counted before we had the glock may map the page before the glock goes.
                         Ok(_) if !exclusive && writers() => exclusive = true,
+                        Ok(Read::Done(value)) => return Ok(value),
                         Err(Error::WouldBlock) => {
                             node.traffic.read_waits(ticket);
                             return Err(Error::WouldBlock);
                         }
-                        result => return result,
+                        Err(e) => return Err(e),
                     }
                 }
             },
@@ -298,6 +337,7 @@ impl Adapter {
         data: &[u8],
         write_flags: WriteFlags,
         flags: i32,
+        thread: u32,
         reply: ReplyWrite,
     ) {
         let mapped = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
@@ -315,6 +355,7 @@ impl Adapter {
                 mapped,
             },
             buffered: through_pages && !direct,
+            thread,
         };
         let written_back = (mapped && self.core.kernel.is_clustered()).then(|| {
             let node = self.core.kernel.nodes.get(ino);

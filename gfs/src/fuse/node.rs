@@ -12,6 +12,7 @@
 //! answer EIO. Formal numbers count up in each resource group, so this is left for an inode that is exactly a multiple of 2^19 creations younger than
 //! one that another node deleted and this kernel has not forgotten.
 
+use super::size::{KernelSize, Shrink};
 use super::traffic::Traffic;
 use crate::ops::Attr;
 use crate::{BlockNo, InodeNo};
@@ -59,6 +60,10 @@ pub(super) struct Node {
     /// When the glock was last given up, in microseconds of the mount; 0 is never.
     pub(super) demoted_at: AtomicU64,
     pub(super) traffic: Traffic,
+    /// The size in the kernel's inode.
+    pub(super) size: Mutex<KernelSize>,
+    /// Work on it for READs.
+    pub(super) shrink: Mutex<Option<Arc<Shrink>>>,
     /// Owners that have locked byte ranges.
     pub(super) lock_owners: Mutex<BTreeSet<u64>>,
 }
@@ -82,6 +87,15 @@ impl Node {
                 0
             }
         }
+    }
+
+    pub(super) fn last_told(&self) -> Option<Attr> {
+        self.told.lock().as_ref().map(|(attr, _)| *attr)
+    }
+
+    /// The kernel throws away what it was told last.
+    pub(super) fn untell(&self) {
+        *self.told.lock() = None;
     }
 
     /// How many references the kernel had before this one, and whether they are to an earlier inode of the same number.

@@ -1,13 +1,15 @@
 //! Notifications to the kernel, written to `/dev/fuse` beside the replies: fuser hides ENOENT, which the protocol needs, and
 //! does not know the epoch.
 //!
-//! Source: include/uapi/linux/fuse.h (`fuse_out_header`, `fuse_notify_inval_inode_out`, `FUSE_NOTIFY_INC_EPOCH`).
+//! Source: include/uapi/linux/fuse.h (`fuse_out_header`, `fuse_notify_inval_inode_out`, `fuse_notify_store_out`, `FUSE_NOTIFY_INC_EPOCH`);
+//! fs/fuse/dev.c (`fuse_notify_store`).
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 const INVAL_INODE: i32 = 2;
+const STORE: i32 = 4;
 const INC_EPOCH: i32 = 8;
 const HEADER: usize = 16;
 
@@ -82,6 +84,32 @@ impl Notify {
         #[cfg(test)]
         self.passes.pause();
         self.inval(node, offset.min(i64::MAX as u64) as i64, len.min(i64::MAX as u64) as i64)
+    }
+
+    /// The size in the kernel's inode becomes at least `size`, whatever is on its way; no page changes.
+    ///
+    /// By storing the last byte from where nothing can be read (EFAULT): the kernel sets the size first, then looks for the page, and may wait for it while it is being read.
+    /// A byte that is read could be the one that a buffered write has just put there.
+    pub(super) fn grow(&self, node: u64, size: u64) -> Known {
+        const PAYLOAD: usize = 24;
+        let Some(last) = size.checked_sub(1) else { return Known::Yes };
+        let mut message = [0_u8; HEADER + PAYLOAD];
+        message[0..4].copy_from_slice(&native32((HEADER + PAYLOAD + 1) as u32));
+        message[4..8].copy_from_slice(&native32(STORE.cast_unsigned()));
+        message[16..24].copy_from_slice(&native64(node));
+        message[24..32].copy_from_slice(&native64(last));
+        message[32..36].copy_from_slice(&native32(1));
+        let parts = [
+            libc::iovec { iov_base: message.as_mut_ptr().cast(), iov_len: message.len() },
+            libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 1 },
+        ];
+        // SAFETY: the kernel reads the parts, the second of which is not there.
+        let sent = unsafe { libc::writev(self.device.as_raw_fd(), parts.as_ptr(), parts.len() as i32) };
+        match io::Error::last_os_error().raw_os_error() {
+            Some(libc::EFAULT) if sent < 0 => Known::Yes,
+            Some(libc::ENOENT) if sent < 0 => Known::No,
+            _ => Known::Unmounted,
+        }
     }
 
     /// Every name of the mount is looked up again on next use. Takes no lock. False where the kernel (before 6.16) does not know it.
