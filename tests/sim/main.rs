@@ -27,7 +27,7 @@ const WHOLE: u64 = 120_000 * MS;
 const PROGRESS: u64 = 20_000 * MS;
 const SEEDS: u64 = 1000;
 /// Seeds above that range that broke a rule once.
-const FOUND: [(u64, &str); 21] = [
+const FOUND: [(u64, &str); 22] = [
     (1315, "I24: a node left before its mount's goodbye was ordered; nobody fences who left"),
     (1685, "I9: what a machine that is cut from the LUN had on its way landed after its reset"),
     (1818, "I1: a quorate side did not know of another one that was quorate in between"),
@@ -54,6 +54,10 @@ const FOUND: [(u64, &str); 21] = [
     (
         324_683,
         "I24: a claim that was ordered behind the proof of its maker's death held the service for ever",
+    ),
+    (
+        335512,
+        "I24: nobody fenced any more: whose agent had failed and the others took each other for the one in charge",
     ),
 ];
 

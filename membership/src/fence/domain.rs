@@ -496,6 +496,10 @@ impl Domain {
                     work.since = now;
                     work.attempts = work.attempts.max(attempt);
                     work.last_error = error;
+                    // As it forgets itself: all must take the same one to be next.
+                    if work.fencer == Some(from.node) {
+                        work.fencer = None;
+                    }
                 }
             }
             DomainMsg::Ask(p) => {
@@ -641,7 +645,10 @@ impl Domain {
         }
         self.work
             .values()
-            .flat_map(|w| [w.not_before, w.retry_at, w.since + self.cfg.takeover])
+            .flat_map(|w| {
+                let turns = u32::try_from(self.silence(now, w) + 1).unwrap_or(u32::MAX);
+                [w.not_before, w.retry_at, Self::due(now, w) + self.cfg.takeover.saturating_mul(turns)]
+            })
             .filter(|t| *t > now)
             .min()
             .unwrap_or(Boottime::MAX)
@@ -680,15 +687,23 @@ impl Domain {
         let busy = self.running_elsewhere.get(&victim).copied().filter(|n| candidates.contains(n));
         let first =
             work.fencer.filter(|n| candidates.contains(n)).or(busy).or(candidates.first().copied())?;
-        let due = work.since.max(if work.not_before == Boottime::MAX { now } else { work.not_before });
-        let silent = now.since(due).as_nanos() / self.cfg.takeover.as_nanos().max(1);
+        let silent = self.silence(now, work);
         if silent == 0 {
             return Some(first);
         }
-        let others: Vec<NodeId> = candidates.into_iter().filter(|n| *n != first).collect();
-        let nth = (silent as usize - 1).min(others.len());
-        // everybody had a turn: the first may try again as well
-        others.get(nth).copied().or(Some(first))
+        // Round and round: whom each node takes for the first may differ, and a turn passes unused while there is no quorum.
+        let others = candidates.iter().copied().filter(|n| *n != first);
+        let order: Vec<NodeId> = std::iter::once(first).chain(others).collect();
+        Some(order[(silent % order.len() as u128) as usize])
+    }
+
+    /// How many takeover times nothing has been heard of work that is due.
+    fn silence(&self, now: Boottime, work: &Work) -> u128 {
+        now.since(Self::due(now, work)).as_nanos() / self.cfg.takeover.as_nanos().max(1)
+    }
+
+    fn due(now: Boottime, work: &Work) -> Boottime {
+        work.since.max(if work.not_before == Boottime::MAX { now } else { work.not_before })
     }
 
     fn on_join(&mut self, p: Proc, from: Proc) {

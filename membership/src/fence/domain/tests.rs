@@ -586,3 +586,52 @@ fn an_old_proof_does_not_answer_for_an_unknown_life() {
     let merged = merge([(NodeId(1), &parts[0]), (NodeId(2), &parts[1])].into_iter(), &BTreeSet::new());
     assert!(merged.state.victims.is_empty());
 }
+
+/// The one whose agent has failed forgets that it was in charge, and so must the others: else each waits for another. (Found by the simulator.)
+#[test]
+fn all_take_the_same_to_be_next_when_an_agent_has_failed() {
+    let proc = |node| Proc { node: NodeId(node), incarnation: Incarnation(1) };
+    let (victim, now) = (Proc { node: NodeId(9), incarnation: Incarnation(1) }, Boottime::from_millis(1000));
+    let fencers: BTreeSet<_> = (1..=NODES)
+        .map(|me| {
+            let mut core = Domain::new(config(proc(me)));
+            let mut out = Vec::new();
+            core.quorate = true;
+            core.members = (1..=NODES).map(proc).collect();
+            core.state.members = core.members.iter().map(|p| (*p, true)).collect();
+            core.message(now, proc(2), DomainMsg::Start { victim, attempt: 1, view: 0 }, &mut out);
+            assert_eq!(core.fencer(now, victim), Some(NodeId(2)));
+            if me == 2 {
+                core.agent_done(now, victim, Err("it runs".into()), 0, &mut out);
+            }
+            let error = "it runs".into();
+            core.message(now, proc(2), DomainMsg::Fail { victim, attempt: 1, error }, &mut out);
+            core.fencer(now, victim)
+        })
+        .collect();
+    assert_eq!(fencers, BTreeSet::from([Some(NodeId(1))]));
+}
+
+/// Whomever each takes for the first, and however long there was no quorum in which to use a turn.
+#[test]
+fn everybody_has_turns_whomever_each_takes_for_the_first() {
+    let proc = |node| Proc { node: NodeId(node), incarnation: Incarnation(1) };
+    let (victim, since) =
+        (Proc { node: NodeId(9), incarnation: Incarnation(0) }, Boottime::from_millis(1000));
+    for me in 1..=NODES {
+        let mut core = Domain::new(config(proc(me)));
+        core.quorate = true;
+        core.members = (1..=NODES).map(proc).collect();
+        core.state.members = core.members.iter().map(|p| (*p, true)).collect();
+        let fencer = (me != 2).then_some(NodeId(2));
+        core.work.insert(victim, Work { fencer, since, ..Work::default() });
+        for first in [1, 50] {
+            let turn = |n: u32| since + core.cfg.takeover * n;
+            let mine =
+                (first..first + u32::from(NODES)).find(|n| core.fencer(turn(*n), victim) == Some(NodeId(me)));
+            assert!(mine.is_some(), "n{me} has no turn from the {first}. on");
+            let before = turn(first) + Duration::from_secs(1);
+            assert_eq!(core.next_deadline(before), turn(first + 1), "and is woken for it");
+        }
+    }
+}
