@@ -9,7 +9,7 @@
 //! | `coherence` | demotions against the kernel's caches; lifetimes |
 //! | `traffic` | order of READs and WRITEs on the same pages |
 //! | `second_look` | the path walk after an ESTALE finds what it may open |
-//! | `size` | the size in the kernel's inode |
+//! | `size` | the size in the kernel's inode; `size::known`: what is known of it |
 //! | `node` `notify` `range` `convert` | per-inode records, raw notifications, page ranges, types |
 //!
 //! Only this module names fuser's types. Known limits of that crate are told in docs/semantics.md: no interrupts, flock and fcntl

@@ -157,6 +157,18 @@ impl Core {
         (told.node, told.first)
     }
 
+    /// Whether handles for reading go without pages, since the kernel's size of the file could not be made right in time: see [`super::size`].
+    fn reads_direct(&self, ino: InodeNo) -> bool {
+        #[cfg(test)]
+        if self.probe.reads_direct.load(std::sync::atomic::Ordering::Relaxed) {
+            return self.kernel.is_clustered();
+        }
+        self.kernel
+            .nodes
+            .find(ino)
+            .is_some_and(|node| node.reads_direct.load(std::sync::atomic::Ordering::Relaxed))
+    }
+
     /// Handle flags, and their effect on the rules of caching. Among nodes only.
     fn open_flags(&self, handle: Handle) -> FopenFlags {
         // Also for handles that do not use the cache: an open without it drops all pages of the inode, also those under a WRITE on its way.
@@ -424,7 +436,11 @@ impl Filesystem for Adapter {
             move |core, reply, result| {
                 core.opened(thread, &result);
                 match result {
-                    Ok(()) => reply.opened(handle.number(), core.open_flags(handle)),
+                    Ok(()) => {
+                        let direct = handle.direct || (!handle.writer && core.reads_direct(ino));
+                        let handle = Handle { direct, ..handle };
+                        reply.opened(handle.number(), core.open_flags(handle));
+                    }
                     Err(e) => {
                         if clustered && handle.writer {
                             core.uncount_writer(ino);

@@ -60,6 +60,8 @@ pub(super) struct Node {
     /// When the glock was last given up, in microseconds of the mount; 0 is never.
     pub(super) demoted_at: AtomicU64,
     pub(super) traffic: Traffic,
+    /// A READ of pages was answered without the kernel's size being right: handles for reading that are opened from then on do not use pages.
+    pub(super) reads_direct: AtomicBool,
     /// The size in the kernel's inode.
     pub(super) size: Mutex<KernelSize>,
     /// Work on it for READs.

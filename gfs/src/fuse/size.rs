@@ -26,6 +26,10 @@
 //! Source: fs/fuse/inode.c (`fuse_change_attributes`, `fuse_fh_to_dentry`, `FILEID_INO64_GEN`), dev.c (`fuse_notify_store`), file.c (`fuse_write_update_attr`,
 //! `fuse_read_update_size`, `fuse_file_llseek`), dir.c (`fuse_do_setattr`) of Linux 6.18; open_by_handle_at(2), statx(2), utimensat(2).
 
+mod known;
+
+pub(super) use known::KernelSize;
+
 use super::adapter::{Adapter, Core, errno};
 use super::coherence::{Coherence, Part};
 use super::node::Node;
@@ -61,127 +65,6 @@ const SHRINK_LIMIT_AHEAD: Duration = Duration::from_millis(5);
 const LOOK: Duration = Duration::from_micros(200);
 /// A thread that was told of the size waits for nothing but a processor and READs, which are let in.
 const TOLD_LIMIT: Duration = Duration::from_secs(1);
-/// Threads whose last WRITE is remembered; behind others K is made greater once more than needed.
-const MAX_WRITERS: usize = 16;
-
-/// What K may be.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct KernelSize {
-    least: u64,
-    most: u64,
-    /// WRITEs that have been answered: by whom, and to where the kernel will make the file longer itself. When the thread asks for
-    /// something else it has done so.
-    written: Vec<(u32, u64)>,
-    /// The same of the last SETATTR of the size; good for as long as `steps` is this.
-    set: Option<(u32, u64, u64)>,
-    /// Notifications under way that make K greater, up to `most`.
-    growing: u32,
-    /// Counts whatever may change K.
-    steps: u64,
-    /// Of these: what may make it smaller.
-    lowered: u64,
-}
-
-impl Default for KernelSize {
-    /// The kernel has no such inode.
-    fn default() -> Self {
-        Self { least: u64::MAX, most: 0, written: Vec::new(), set: None, growing: 0, steps: 0, lowered: 0 }
-    }
-}
-
-impl KernelSize {
-    /// `thread` asks for something: what it was answered before is taken in.
-    fn asks(&mut self, thread: u32) {
-        if let Some(at) = self.written.iter().position(|(by, _)| *by == thread) {
-            self.least = self.least.max(self.written.swap_remove(at).1);
-        }
-        if let Some((by, size, steps)) = self.set
-            && by == thread
-        {
-            self.set = None;
-            self.is(size, steps);
-        }
-    }
-
-    /// K was `size` when `steps` were counted, or later.
-    fn is(&mut self, size: u64, steps: u64) {
-        if self.steps == steps && self.growing == 0 {
-            (self.least, self.most) = (size, size);
-        }
-    }
-
-    fn may_fall_short(&self, size: u64) -> bool {
-        self.least < size && self.least <= self.most
-    }
-
-    fn may_exceed(&self, size: u64) -> bool {
-        self.most > size
-    }
-
-    /// A reply with this size is about to be written.
-    pub(super) fn told(&mut self, size: u64) {
-        self.ends(size);
-        self.most = self.most.max(size);
-    }
-
-    /// A READ has met the end of the file here: the kernel may take it for no longer.
-    fn ends(&mut self, size: u64) {
-        self.steps += 1;
-        if size < self.least && self.least <= self.most {
-            self.lowered += 1;
-        }
-        self.least = self.least.min(size);
-    }
-
-    /// The same to a SETATTR of the size.
-    pub(super) fn set(&mut self, size: u64, thread: u32) {
-        self.told(size);
-        self.written.clear();
-        self.set = Some((thread, size, self.steps));
-    }
-
-    /// A reply to a WRITE or an allocation that ends here is about to be written: the kernel takes the file for at least as long then.
-    pub(super) fn reaches(&mut self, end: u64, thread: u32) {
-        self.asks(thread);
-        if end <= self.least {
-            return;
-        }
-        self.steps += 1;
-        self.most = self.most.max(end);
-        if self.written.len() < MAX_WRITERS {
-            self.written.push((thread, end));
-        }
-    }
-
-    /// The file may have got shorter by another node's hand.
-    pub(super) fn forget_writes(&mut self) {
-        self.written.clear();
-        self.set = None;
-    }
-
-    /// The count to be given to `grow_ended`.
-    fn grow_begins(&mut self, size: u64) -> u64 {
-        self.steps += 1;
-        self.growing += 1;
-        self.most = self.most.max(size);
-        self.lowered
-    }
-
-    fn grow_ended(&mut self, size: u64, lowered: u64) {
-        self.growing -= 1;
-        if self.lowered == lowered {
-            self.least = self.least.max(size);
-        }
-    }
-
-    /// K was seen not to exceed the true size, with the glock held.
-    fn seen_within(&mut self, size: u64) {
-        if self.growing == 0 {
-            self.most = size;
-            self.least = self.least.min(size);
-        }
-    }
-}
 
 /// What one of our threads asks ourselves.
 #[derive(Clone)]
@@ -718,7 +601,7 @@ impl Core {
         let exceeds = {
             let mut size = node.size.lock();
             let exceeds = size.may_exceed(attr.size);
-            if size.least <= size.most {
+            if size.is_known() {
                 size.ends(attr.size);
             }
             exceeds
@@ -736,6 +619,7 @@ impl Core {
         }
         if begun.elapsed() > if writers { SHRINK_LIMIT_WRITERS } else { SHRINK_LIMIT } {
             self.kernel.stats.zeros.fetch_add(1, Ordering::Relaxed);
+            node.reads_direct.store(true, Ordering::Relaxed);
             return Ok(None);
         }
         let shrink = self.kernel.shrinking(&node, ino, attr.size);
@@ -752,7 +636,7 @@ impl Core {
         let steps = {
             let mut kernel = node.size.lock();
             kernel.told(size);
-            kernel.steps
+            kernel.steps()
         };
         let glock = self.fs.volume().glocks().get(inode_glock(ino.addr));
         // Our thread may wait for pages that READs have locked.
@@ -792,77 +676,5 @@ impl Adapter {
             }
             _ => Some(reply),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ME: u32 = 5;
-    const OTHER: u32 = 6;
-
-    fn bounds(kernel: &KernelSize) -> (u64, u64) {
-        (kernel.least, kernel.most)
-    }
-
-    #[test]
-    fn what_the_kernel_may_take_the_size_for() {
-        let mut k = KernelSize::default();
-        assert!(!k.may_fall_short(7) && !k.may_exceed(0), "it has no inode");
-        k.told(100);
-        assert!(!k.may_fall_short(100) && !k.may_exceed(100));
-        k.reaches(50, ME);
-        assert_eq!(bounds(&k), (100, 100), "inside");
-        k.reaches(120, ME);
-        k.asks(OTHER);
-        assert!(k.may_fall_short(120), "the kernel may not have made it longer yet");
-        k.asks(ME);
-        assert_eq!(bounds(&k), (120, 120), "it has, since the thread goes on");
-        let lowered = k.grow_begins(150);
-        assert_eq!(bounds(&k), (120, 150));
-        k.seen_within(130);
-        assert!(k.may_exceed(130), "it may still grow");
-        k.grow_ended(150, lowered);
-        assert_eq!(bounds(&k), (150, 150));
-        assert!(k.may_exceed(60), "another node has made it shorter");
-        k.seen_within(60);
-        assert_eq!(bounds(&k), (60, 60));
-    }
-
-    #[test]
-    fn a_write_counts_no_more_when_the_file_may_have_become_shorter() {
-        let mut k = KernelSize::default();
-        k.told(100);
-        k.reaches(200, ME);
-        k.forget_writes();
-        k.asks(ME);
-        assert_eq!(bounds(&k), (100, 200));
-    }
-
-    #[test]
-    fn a_notification_that_ends_late_proves_nothing() {
-        let mut k = KernelSize::default();
-        k.told(100);
-        let lowered = k.grow_begins(200);
-        k.told(30);
-        k.grow_ended(200, lowered);
-        assert_eq!(bounds(&k), (30, 200));
-    }
-
-    #[test]
-    fn a_new_size_is_there_when_its_thread_goes_on_unless_it_may_have_changed() {
-        let mut k = KernelSize::default();
-        k.told(100);
-        k.set(10, ME);
-        assert_eq!(bounds(&k), (10, 100));
-        k.asks(OTHER);
-        assert_eq!(bounds(&k), (10, 100));
-        k.asks(ME);
-        assert_eq!(bounds(&k), (10, 10));
-        k.set(5, ME);
-        k.told(10);
-        k.asks(ME);
-        assert_eq!(bounds(&k), (5, 10));
     }
 }

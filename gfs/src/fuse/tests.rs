@@ -10,7 +10,7 @@ mod stress;
 use super::coherence::Part;
 use cairn_base::Rng;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Parts of the protocol switched off, to see that the checks notice.
@@ -35,6 +35,8 @@ pub(super) struct Probe {
     pub(super) replies: Slow,
     /// Notifications that drop pages, before they are sent.
     pub(super) passes: Arc<Slow>,
+    /// All handles for reading are opened as those of a file whose size could not be made right.
+    pub(super) reads_direct: AtomicBool,
 }
 
 /// Requests that arrived.

@@ -798,6 +798,15 @@ fn two_mounts_agree_when_the_kernel_lets_pages_go() {
     }
 }
 
+/// As files are used whose size in the kernel could not be made right in time.
+#[test]
+fn two_mounts_agree_with_direct_reads() {
+    if let Some(rig) = shared_rig(2) {
+        rig.mounts.iter().for_each(|m| m.core.probe.reads_direct.store(true, Ordering::Relaxed));
+        must_be_right(rig, "all", seconds(3), 2);
+    }
+}
+
 #[test]
 fn three_mounts_agree() {
     if let Some(rig) = shared_rig(3) {
