@@ -464,7 +464,8 @@ impl Cluster {
     /// here: the wait ends early only when somebody has the volume mounted.
     ///
     /// That nobody is left to fence may be so because somebody who was missed is back, with its locks. So it counts only once the
-    /// lock manager has the view in which it was so: the reply comes behind that view, and everything before the reply is worked off.
+    /// lock manager has the view in which it was so: the reply comes behind that view, and everything before the reply is worked off. And only when all who
+    /// are here have spoken: one that has the volume mounted, and that was not heard yet, may know of a mount that is lost and lives.
     fn wait_all_fenced(&self, founder: bool) -> Result<()> {
         let until = Instant::now() + JOIN_LIMIT;
         loop {
@@ -472,7 +473,8 @@ impl Cluster {
             let (lost, led, current) = {
                 let s = self.state.lock();
                 let worked_off = !s.busy && self.client.events().is_empty();
-                (s.members.unfenced(), s.members.is_led(), worked_off && s.members.is_current())
+                let current = worked_off && s.members.is_current() && s.members.is_informed();
+                (s.members.unfenced(), s.members.is_led(), current)
             };
             if led && !founder {
                 return Ok(());
@@ -490,6 +492,10 @@ impl Cluster {
                     fence.victims.iter().map(|v| format!("{} ({})", v.name, v.last_error)).collect();
                 return Err(Error::Mount(if !fence.in_domain {
                     format!("this node is not in the fence domain after {JOIN_LIMIT:?}; see cman_tool nodes")
+                } else if who.is_empty() && lost.is_empty() {
+                    format!(
+                        "the other mounts of the volume have not answered after {JOIN_LIMIT:?}; see dlm_tool ls on their nodes"
+                    )
                 } else if who.is_empty() {
                     format!("the mounts {lost:?} are not fenced after {JOIN_LIMIT:?}")
                 } else {

@@ -38,6 +38,8 @@ pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 pub enum Note {
     /// The sender uses this journal (`None`: it writes nothing).
     Journal { jid: Option<u32> },
+    /// The sender has not mounted the volume yet.
+    Waiting,
     /// For those who joined: dead mounts that are not recovered yet.
     Lost { list: Vec<LostNote> },
     /// The journal of this dead mount is replayed.
@@ -90,6 +92,8 @@ struct Lost {
 struct Known {
     peer: Peer,
     jid: Option<JournalId>,
+    /// It has said what it is since we have seen it come, and with that, before, which dead it knows of.
+    is_heard: bool,
 }
 
 /// The state machine. The lock manager is told of quorate views only; a gate is opened by `Fenced` and a replay.
@@ -163,7 +167,7 @@ impl Members {
     }
 
     /// Everybody who may have had the volume mounted before is proved dead, and these gates of the lock manager are shut. What
-    /// members with state told our lock manager they told us too, unless they died in between: then nobody else knows of these dead.
+    /// members with state told our lock manager they told us too ([`Self::is_informed`]), unless they died in between: then nobody else knows of these dead.
     pub fn adopt(&mut self, gates: impl Iterator<Item = (Proc, bool)>) -> Vec<Action> {
         let mut out = Vec::new();
         for (who, _) in gates {
@@ -247,7 +251,7 @@ impl Members {
                 jid = l.remove().jid;
             }
             has_joiner |= !self.present.contains_key(&key) && peer.who != self.me;
-            self.present.entry(key).or_insert(Known { peer, jid });
+            self.present.entry(key).or_insert(Known { peer, jid, is_heard: false });
         }
         let mut clean = self.pending.take().map_or_else(Vec::new, |(_, c)| c);
         clean.append(&mut self.left_clean);
@@ -258,9 +262,11 @@ impl Members {
             if !self.lost.is_empty() {
                 out.push(Action::Say(self.lost_note()));
             }
-            if self.is_mounted {
-                out.push(Action::Say(Note::Journal { jid: self.own_jid.map(|j| j.0) }));
-            }
+            out.push(Action::Say(if self.is_mounted {
+                Note::Journal { jid: self.own_jid.map(|j| j.0) }
+            } else {
+                Note::Waiting
+            }));
         }
         out.extend(self.apply_fences());
         out
@@ -292,6 +298,13 @@ impl Members {
             Note::Journal { jid } => {
                 if let Some(k) = self.present.get_mut(&(from, client)) {
                     k.jid = jid.map(JournalId);
+                    k.is_heard = true;
+                }
+                Vec::new()
+            }
+            Note::Waiting => {
+                if let Some(k) = self.present.get_mut(&(from, client)) {
+                    k.is_heard = true;
                 }
                 Vec::new()
             }
@@ -391,6 +404,12 @@ impl Members {
     /// Somebody else has the volume mounted: whoever died before is known to it.
     pub fn is_led(&self) -> bool {
         self.present.values().any(|k| k.jid.is_some() && k.peer.who != self.me)
+    }
+
+    /// All who are here have told us of the dead that they know. Before that a gate may be that of one who was lost and is not proved dead: who knows of it
+    /// would believe us that it is.
+    pub fn is_informed(&self) -> bool {
+        self.present.values().all(|k| k.is_heard || k.peer.who == self.me)
     }
 
     /// Lost and not proved dead.

@@ -282,6 +282,29 @@ fn only_who_has_mounted_leads() {
     assert!(!m.is_led());
 }
 
+/// The gate that our lock manager was told of may be that of a mount that is lost and lives; who knows says so before it says what it is itself.
+#[test]
+fn nothing_is_taken_for_dead_before_all_who_are_here_have_spoken() {
+    let (mounted, other) = (peer(1, 5, 1, 100), peer(2, 6, 1, 200));
+    let mut m = Members::new(node(3, 300));
+    m.quorate(true);
+    let said = m.view(1, vec![mounted.clone(), other.clone(), peer(3, 9, 1, 300)], &[]);
+    assert!(said.contains(&Action::Say(Note::Waiting)), "we are new to them as they are to us: {said:?}");
+    assert!(m.is_current() && !m.is_informed());
+    m.note(node(2, 6), 1, Note::Waiting);
+    assert!(!m.is_informed() && !m.is_led());
+    m.note(node(1, 5), 1, Note::Journal { jid: None });
+    assert!(m.is_informed());
+    m.view(2, vec![other.clone(), peer(3, 9, 1, 300)], &[(node(1, 5), 1, false)]);
+    assert!(m.is_informed(), "of those who are here");
+    m.view(3, vec![mounted, other, peer(3, 9, 1, 300)], &[]);
+    assert_eq!(
+        m.unfenced(),
+        [node(1, 100)],
+        "given to the lock manager as lost: it stays out until it is fenced"
+    );
+}
+
 /// Whoever waits until nobody is left to fence must know that the lock manager has seen who came back instead.
 #[test]
 fn a_view_that_waits_for_quorum_is_not_current() {

@@ -85,7 +85,8 @@ impl World {
         }
         let daemon = n.daemon.as_ref().filter(|d| d.me == m.life && n.daemon_asleep == 0);
         let proved = daemon.is_some_and(|d| d.stack.core.domain().joined() && !d.stack.core.is_fencing());
-        if !proved || m.untold > 0 || !m.members.is_current() || !m.members.unfenced().is_empty() {
+        let current = m.untold == 0 && m.members.is_current() && m.members.is_informed();
+        if !proved || !current || !m.members.unfenced().is_empty() {
             return None;
         }
         let m = self.m(i);
