@@ -133,23 +133,20 @@ fn mount_adapter(
 /// another node gives up a lock, cannot be killed. The thread keeps `/dev/fuse` open, and the kernel keeps the thread for as long as that is open.
 fn device(dir: &Path) -> std::io::Result<(u32, u32)> {
     let path = std::ffi::CString::new(dir.as_os_str().as_bytes())?;
+    let about = statx(libc::AT_FDCWD, &path, libc::AT_STATX_DONT_SYNC, libc::STATX_TYPE)?;
+    Ok((about.stx_dev_major, about.stx_dev_minor))
+}
+
+/// statx(2): what stat(2) tells, and whether the file system may answer from what it knows.
+fn statx(at: i32, path: &std::ffi::CStr, flags: i32, mask: u32) -> std::io::Result<libc::statx> {
     let mut about = std::mem::MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: a valid C string, and a structure that the kernel fills in.
-    let result = unsafe {
-        libc::statx(
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            libc::AT_STATX_DONT_SYNC,
-            libc::STATX_TYPE,
-            about.as_mut_ptr(),
-        )
-    };
+    let result = unsafe { libc::statx(at, path.as_ptr(), flags, mask, about.as_mut_ptr()) };
     if result != 0 {
         return Err(std::io::Error::last_os_error());
     }
     // SAFETY: all of it are numbers, zeroed before.
-    let about = unsafe { about.assume_init() };
-    Ok((about.stx_dev_major, about.stx_dev_minor))
+    Ok(unsafe { about.assume_init() })
 }
 
 /// Why this process cannot serve a mount at all, before anything is touched for one.

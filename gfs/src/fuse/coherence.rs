@@ -383,11 +383,14 @@ impl Coherence {
         errand.leave(|| node.traffic.drop_left_behind())
     }
 
-    /// The kernel's size of a file becomes at least this.
-    pub(super) fn make_greater(&self, ino: InodeNo, size: u64) {
-        if let Some(notify) = self.notify.get() {
-            notify.grow(self.nodes.id(ino), size);
+    /// The kernel's size of a file becomes at least this. False: it did not.
+    pub(super) fn make_greater(&self, ino: InodeNo, size: u64) -> bool {
+        let Some(notify) = self.notify.get() else { return false };
+        let known = notify.grow(self.nodes.id(ino), size);
+        if known == Known::Unmounted && !self.unmounted.load(Ordering::SeqCst) {
+            tracing::warn!(ino = ino.addr.0, size, err = %std::io::Error::last_os_error(), "the kernel does not take a notification of a size");
         }
+        known != Known::Unmounted
     }
 
     /// Attributes changed without the kernel's knowledge, under the glock; at once and from any thread.

@@ -11,7 +11,8 @@
 //! * left alone where it is too great: a notification makes the kernel throw the reply away. `stat` shows what the reply says all the same.
 //!
 //! Whatever changes K steps the inode's `attr_version`, and with that all replies that were told before are thrown away. So one that is taken in says what K is.
-//! The exceptions come with `i_rwsem`, which every buffered write holds: replies to SETATTR and LINK.
+//! The exceptions come with `i_rwsem`, which every buffered write holds: replies to SETATTR and LINK, and the answer to a seek to the end (below). The reply to a CREATE
+//! that opens what another node has just made comes without; that inode is not in use here yet, but for the time between a LOOKUP and this reply.
 //!
 //! K is too great only after another node has made the file shorter. Then a read of pages would find zeros up to K, so before a READ that meets the end is
 //! answered, K is made smaller ([`Shrink`]): a thread of ours sets times of the file, and that SETATTR is answered with the size and changes nothing. The kernel takes it
@@ -63,6 +64,8 @@ const SHRINK_LIMIT_WRITERS: Duration = Duration::from_millis(500);
 const SHRINK_LIMIT_AHEAD: Duration = Duration::from_millis(5);
 /// Between two looks at K when it is expected to change; and before a READ looks for itself whether it has.
 const LOOK: Duration = Duration::from_micros(200);
+/// For as long a look is waited for with the glock held.
+const LOOK_LIMIT: Duration = Duration::from_millis(5);
 /// A thread that was told of the size waits for nothing but a processor and READs, which are let in.
 const TOLD_LIMIT: Duration = Duration::from_secs(1);
 
@@ -80,8 +83,8 @@ enum Question {
 pub(super) struct Sizes {
     /// Absolute path of the mount.
     dir: OnceLock<CString>,
-    /// Its device, looked at when it is first needed; None when we may not find inodes.
-    device: OnceLock<Option<(u32, u32)>>,
+    /// Its device, looked at when it is first needed; or why we cannot find inodes.
+    device: OnceLock<std::result::Result<(u32, u32), String>>,
     /// By the thread that asks.
     asking: Mutex<HashMap<u32, Question>>,
     /// Entries of `asking`.
@@ -120,14 +123,17 @@ struct ShrinkState {
 }
 
 impl Shrink {
-    /// K, looked at after this was called. None: it has ended.
+    /// K, looked at after this was called. None: it has ended, or did not come to it in time: the thread may wait for others, who may wait for the caller's glock.
     fn look(&self) -> Option<u64> {
         let mut state = self.state.lock();
         state.wanted += 1;
         let mine = state.wanted;
         self.changed.notify_all();
+        let deadline = Instant::now() + LOOK_LIMIT;
         while !state.done && state.looked < mine {
-            self.changed.wait(&mut state);
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
+                break;
+            }
         }
         (state.looked >= mine).then_some(state.seen)
     }
@@ -253,7 +259,9 @@ impl Sizes {
 
     /// What a thread of ours does for `shrink`, from its start to its end.
     fn shrink(self: &Arc<Self>, shrink: &Arc<Shrink>, node: INodeNo, generation: u64) {
-        let Some(device) = *self.device.get_or_init(|| self.connect().ok()) else { return shrink.end() };
+        let Ok(device) = *self.device.get_or_init(|| self.connect().map_err(|e| e.to_string())) else {
+            return shrink.end();
+        };
         let Ok(file) = self.find(node, generation) else { return shrink.end() };
         let file = Arc::new(file);
         let mut asks = false;
@@ -329,15 +337,7 @@ fn open(dir: &CString) -> io::Result<OwnedFd> {
 
 /// Size and device of an open file.
 fn look(file: i32, sync: i32) -> io::Result<(u64, (u32, u32))> {
-    let mut about = std::mem::MaybeUninit::<libc::statx>::zeroed();
-    let flags = libc::AT_EMPTY_PATH | sync;
-    // SAFETY: an empty C string, and a structure that the kernel fills in.
-    let result = unsafe { libc::statx(file, c"".as_ptr(), flags, libc::STATX_SIZE, about.as_mut_ptr()) };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: all of it are numbers, zeroed before.
-    let about = unsafe { about.assume_init() };
+    let about = super::statx(file, c"", libc::AT_EMPTY_PATH | sync, libc::STATX_SIZE)?;
     Ok((about.stx_size, (about.stx_dev_major, about.stx_dev_minor)))
 }
 
@@ -396,8 +396,8 @@ impl Coherence {
         // READs that have the page locked are let in.
         glock.open_window();
         self.helpers.run(move || {
-            me.make_greater(ino, size);
-            of_node.size.lock().grow_ended(size, lowered);
+            let done = me.make_greater(ino, size);
+            of_node.size.lock().grow_ended(size, lowered, done);
             its.done(|| ());
         });
         let ended = errand.wait(GROW);
@@ -413,9 +413,10 @@ impl Coherence {
         how: How,
         ended: impl FnOnce(&Arc<Shrink>) + Send + 'static,
     ) -> Option<Arc<Shrink>> {
-        if self.sizes.device.get() == Some(&None) {
+        if let Some(Err(why)) = self.sizes.device.get() {
             if !self.sizes.warned.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
+                    %why,
                     "files that another node makes shorter may be read with zeros at their end for a moment: mount as root"
                 );
             }
@@ -425,10 +426,14 @@ impl Coherence {
         let id = INodeNo(self.nodes.id(ino));
         let (sizes, its) = (Arc::clone(&self.sizes), Arc::clone(&shrink));
         let started = on_bare_thread(move |bare| {
-            if bare.is_err() {
-                let _ = sizes.device.set(None);
+            match bare {
+                Ok(()) => sizes.shrink(&its, id, ino.formal),
+                // With the server's descriptors it may ask nothing.
+                Err(e) => {
+                    let _ = sizes.device.set(Err(e.to_string()));
+                    its.end();
+                }
             }
-            sizes.shrink(&its, id, ino.formal);
             ended(&its);
         });
         match started {

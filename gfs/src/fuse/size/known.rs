@@ -3,6 +3,9 @@
 /// Threads whose last WRITE is remembered; behind others K is made greater once more than needed.
 const MAX_WRITERS: usize = 16;
 
+/// Threads outside our namespace all have this number.
+const UNKNOWN: u32 = 0;
+
 /// What K may be.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::fuse) struct KernelSize {
@@ -29,8 +32,11 @@ impl Default for KernelSize {
 }
 
 impl KernelSize {
-    /// `thread` asks for something: what it was answered before is taken in.
+    /// `thread` asks for something other than to write: what it was answered before is taken in.
     pub(super) fn asks(&mut self, thread: u32) {
+        if thread == UNKNOWN {
+            return;
+        }
         if let Some(at) = self.written.iter().position(|(by, _)| *by == thread) {
             self.least = self.least.max(self.written.swap_remove(at).1);
         }
@@ -90,13 +96,15 @@ impl KernelSize {
 
     /// A reply to a WRITE or an allocation that ends here is about to be written: the kernel takes the file for at least as long then.
     pub(in crate::fuse) fn reaches(&mut self, end: u64, thread: u32) {
-        self.asks(thread);
         if end <= self.least {
             return;
         }
         self.steps += 1;
         self.most = self.most.max(end);
-        if self.written.len() < MAX_WRITERS {
+        // Not taken in because the thread goes on writing: the kernel makes the file longer at the end of a call, which may be many WRITEs.
+        if let Some((_, before)) = self.written.iter_mut().find(|(by, _)| *by == thread) {
+            *before = end.max(*before);
+        } else if self.written.len() < MAX_WRITERS {
             self.written.push((thread, end));
         }
     }
@@ -115,9 +123,10 @@ impl KernelSize {
         self.lowered
     }
 
-    pub(super) fn grow_ended(&mut self, size: u64, lowered: u64) {
+    /// `done`: K has become at least `size` since then.
+    pub(super) fn grow_ended(&mut self, size: u64, lowered: u64, done: bool) {
         self.growing -= 1;
-        if self.lowered == lowered {
+        if done && self.lowered == lowered {
             self.least = self.least.max(size);
         }
     }
@@ -159,11 +168,25 @@ mod tests {
         assert_eq!(bounds(&k), (120, 150));
         k.seen_within(130);
         assert!(k.may_exceed(130), "it may still grow");
-        k.grow_ended(150, lowered);
+        k.grow_ended(150, lowered, true);
         assert_eq!(bounds(&k), (150, 150));
         assert!(k.may_exceed(60), "another node has made it shorter");
         k.seen_within(60);
         assert_eq!(bounds(&k), (60, 60));
+    }
+
+    #[test]
+    fn a_call_that_writes_on_is_not_taken_in_yet() {
+        let mut k = KernelSize::default();
+        k.told(0);
+        k.reaches(100, ME);
+        k.reaches(200, ME);
+        assert_eq!(bounds(&k), (0, 200));
+        k.asks(ME);
+        assert_eq!(bounds(&k), (200, 200));
+        k.reaches(300, UNKNOWN);
+        k.asks(UNKNOWN);
+        assert_eq!(bounds(&k), (200, 300), "that may be anybody");
     }
 
     #[test]
@@ -182,7 +205,7 @@ mod tests {
         k.told(100);
         let lowered = k.grow_begins(200);
         k.told(30);
-        k.grow_ended(200, lowered);
+        k.grow_ended(200, lowered, true);
         assert_eq!(bounds(&k), (30, 200));
     }
 
