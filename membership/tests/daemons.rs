@@ -109,6 +109,15 @@ impl Cluster {
 
     /// `disk`: with a quorum disk of as many votes as make a single node quorate.
     fn start_with(nodes: usize, disk: bool) -> Self {
+        let mut cluster = Self::configured(nodes, disk);
+        for n in 1..=nodes {
+            cluster.boot(n);
+        }
+        cluster
+    }
+
+    /// Nobody is started yet.
+    fn configured(nodes: usize, disk: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let key = dir.path().join("key");
         OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&key).unwrap();
@@ -142,11 +151,7 @@ impl Cluster {
             dir.path().display()
         );
         fs::write(dir.path().join("cluster.conf"), text).unwrap();
-        let mut cluster = Self { dir, daemons: (0..nodes).map(|_| None).collect() };
-        for n in 1..=nodes {
-            cluster.boot(n);
-        }
-        cluster
+        Self { dir, daemons: (0..nodes).map(|_| None).collect() }
     }
 
     fn run_dir(&self, n: usize) -> PathBuf {
@@ -391,6 +396,26 @@ fn group_messages_arrive_in_one_order_and_a_lost_member_is_named() {
         });
         assert_eq!((left[0].0.proc, left[0].1), (three, LeaveReason::NodeDown));
     }
+}
+
+/// A member that nobody would fence when it is lost would keep its services: it must not be seen in their group.
+#[test]
+fn only_members_of_the_fence_domain_join_the_group_of_the_service_managers() {
+    let mut c = Cluster::configured(3, false);
+    c.boot(1);
+    assert!(!c.client(1).status().unwrap().fence.in_domain, "there is no quorum");
+    let manager = Client::connect(&c.run_dir(1), ClientKind::Rgmanager).unwrap();
+    manager.join_group("rgmanager", b"").unwrap();
+    // joins of one client are ordered as they are made: what waits is passed by those that do not
+    manager.join_group("talk", b"").unwrap();
+    let view = |e: &ClusterEvent| match e {
+        ClusterEvent::GroupView { group, members, .. } if !members.is_empty() => Some(group.clone()),
+        _ => None,
+    };
+    assert_eq!(wait_for(&manager, "a group without quorum", view), "talk");
+    c.boot(2);
+    wait_for(&manager, "the managers' group", |e| view(e).filter(|g| g == "rgmanager"));
+    assert!(manager.status().unwrap().fence.in_domain);
 }
 
 #[test]
