@@ -111,7 +111,7 @@ impl Client {
     }
 
     /// Asks to become a member; the `GroupView` that contains us says that it has happened. A group that writes to the
-    /// LUN (`gfs:…`) is joined only once the node is in the fence domain: that can take until quorum.
+    /// LUN (`gfs:…`) or runs services (`rgmanager`) is joined only once the node is in the fence domain: that can take until quorum.
     pub fn join_group(&self, group: &str, payload: &[u8]) -> Result<(), IpcError> {
         self.done("join", Request::Join { group: group.to_owned(), payload: payload.to_vec() })
     }

@@ -466,12 +466,8 @@ impl NodeCore {
                         scope: scope.clone(),
                         proof: Proof::Exited,
                     }));
-                    out.push(NodeAction::Event(ClusterEvent::Fenced {
-                        proc: from,
-                        scope,
-                        proof: Proof::Exited,
-                        view,
-                    }));
+                    let event = ClusterEvent::Fenced { proc: from, scope, proof: Proof::Exited, view };
+                    self.told.fenced(event, out);
                 }
                 while self.mounts_gone.len() > MOUNTS_REMEMBERED {
                     self.mounts_gone.pop_first();
@@ -511,12 +507,8 @@ impl NodeCore {
                         scope: Scope::Node,
                         proof: proof.clone(),
                     }));
-                    out.push(NodeAction::Event(ClusterEvent::Fenced {
-                        proc,
-                        scope: Scope::Node,
-                        proof,
-                        view,
-                    }));
+                    let event = ClusterEvent::Fenced { proc, scope: Scope::Node, proof, view };
+                    self.told.fenced(event, out);
                 }
                 DomainAction::Pending { proc } => {
                     out.push(NodeAction::Event(ClusterEvent::FencePending { proc, scope: Scope::Node }));

@@ -492,6 +492,24 @@ fn what_is_held_until_the_record_is_told_when_quorum_goes() {
     assert_eq!(r.settle().len(), 1, "it decides nothing with it");
 }
 
+/// A proof is told behind what is held: at a node that was told that in the view before it came first as well. (Found by the simulator.)
+#[test]
+fn a_proof_overtakes_nothing_that_is_held() {
+    let conf = CONF.replace("<quorumd device=\"file:/x\" votes=\"2\"/>", "");
+    let mut r = Rig::new(&conf);
+    r.view(4, &all(4));
+    let now = r.now;
+    r.core.ring_broken(&mut r.out);
+    r.core.groups_event(now, 0, group_view(9), &mut r.out);
+    let mut acts = r.say(proc(2, 1), &NodeMsg::MountGone { client: 7, fs: "web".to_owned() });
+    acts.extend(r.view(8, &all(4)));
+    let proof = acts.iter().position(|a| matches!(a, NodeAction::Event(ClusterEvent::Fenced { .. })));
+    let told = acts.iter().position(|a| {
+        matches!(a, NodeAction::ToClients { event: ClusterEvent::GroupView { view_no: 9, .. }, .. })
+    });
+    assert!(told.is_some() && told < proof, "{acts:?}");
+}
+
 /// The disk shows that others were quorate after the last view that this life's state includes.
 #[test]
 fn a_life_that_the_disk_shows_to_be_passed_by_stops_itself() {

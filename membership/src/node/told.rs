@@ -1,4 +1,4 @@
-//! What clients are told: quorum, and the groups' views and messages, of recorded views only.
+//! What clients are told: quorum, and the groups' views and messages, of recorded views only; proofs of death in their order with these.
 //!
 //! Clients decide with them too: a lock manager that is given a view passes locks on in it, a service manager starts services. What is
 //! passed on in a view that nobody has recorded is not known to a later side which that view does not pass by: it would take a lock for
@@ -16,8 +16,8 @@ use cairn_base::{Boottime, Proc, ViewId};
 pub(super) struct Told {
     /// Clients take this node for quorate. Ends with quorum; begins in a recorded view.
     quorate: bool,
-    /// Events of a quorate view that is not recorded yet, in order.
-    held: Vec<(Vec<u32>, ClusterEvent)>,
+    /// Events of quorate views that are not recorded yet, in order.
+    held: Vec<NodeAction>,
 }
 
 impl Told {
@@ -33,10 +33,17 @@ impl Told {
         (quorate, recorded): (bool, bool),
         out: &mut Vec<NodeAction>,
     ) {
-        self.held.push((clients, event));
+        self.held.push(NodeAction::ToClients { clients, event });
         if !quorate || recorded {
             self.release(out);
         }
+    }
+
+    /// A proof of death keeps its place in the order: what the dead had said before is held at one node and was told at another. Told
+    /// ahead of it, service managers would go on with different records.
+    pub(super) fn fenced(&mut self, event: ClusterEvent, out: &mut Vec<NodeAction>) {
+        let event = NodeAction::Event(event);
+        if self.held.is_empty() { out.push(event) } else { self.held.push(event) }
     }
 
     /// There is no quorum, which clients have been told: what they hear now they may not act on.
@@ -52,7 +59,7 @@ impl Told {
     }
 
     fn release(&mut self, out: &mut Vec<NodeAction>) {
-        out.extend(self.held.drain(..).map(|(clients, event)| NodeAction::ToClients { clients, event }));
+        out.append(&mut self.held);
     }
 }
 
