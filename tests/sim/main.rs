@@ -27,7 +27,7 @@ const WHOLE: u64 = 120_000 * MS;
 const PROGRESS: u64 = 20_000 * MS;
 const SEEDS: u64 = 1000;
 /// Seeds above that range that broke a rule once.
-const FOUND: [(u64, &str); 22] = [
+const FOUND: [(u64, &str); 27] = [
     (1315, "I24: a node left before its mount's goodbye was ordered; nobody fences who left"),
     (1685, "I9: what a machine that is cut from the LUN had on its way landed after its reset"),
     (1818, "I1: a quorate side did not know of another one that was quorate in between"),
@@ -59,6 +59,17 @@ const FOUND: [(u64, &str); 22] = [
         335512,
         "I24: nobody fenced any more: whose agent had failed and the others took each other for the one in charge",
     ),
+    (
+        340859,
+        "I24: a node was told a proof of death ahead of what the dead had said before, which it held back; the records of services differed for ever",
+    ),
+    (
+        342703,
+        "I8: a mount took one for dead of whom a member that it had not heard yet knew that it is lost and lives",
+    ),
+    (340049, "I1: the same; its gate was opened"),
+    (346511, "I20: the same; a service ran twice"),
+    (347312, "I8: the same, as the runs are since mounts say that they wait"),
 ];
 
 /// The rules that can be taken away, and the seed from which one is looked for that notices: some notice one in thousands.
@@ -69,7 +80,7 @@ const SABOTAGES: [(Mutant, u64); 14] = [
     (Mutant::LyingAgent, 1),
     (Mutant::QuorumOffByOne, 1),
     (Mutant::VotesWithoutLease, 1),
-    (Mutant::LeaseOfAnyView, 7402),
+    (Mutant::LeaseOfAnyView, 14720),
     (Mutant::PermitForEver, 1),
     (Mutant::FenceWithoutQuorum, 1),
     (Mutant::PassedByGoesOn, 3361),
